@@ -1,0 +1,64 @@
+"""The arrays of one train step. Imports numpy alone, so that the data wing can build batches.
+
+Letters used in shape comments throughout: B rows, S source length, T target length, V vocabulary,
+D model, H heads, K head dimension, L layers.
+
+A row is packed: it holds several examples' segments one behind the other. A segment is one source
+and its target; the label task and the rationale task of one example are two segments of one batch.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+ROLE_NONE = 0  # padding, or a target that carries no loss
+ROLE_LABEL = 1
+ROLE_RATIONALE = 2
+
+PAD_ID = 0  # T5: padding, and the decoder's start token
+EOS_ID = 1  # T5: ends every source and every target
+
+
+class Batch(NamedTuple):
+    """One global batch (or a host's rows of it). Segment id 0 is padding; ids start at 1 a row.
+
+    Attributes:
+      encoder_input_tokens: [B, S] int32.
+      encoder_segment_ids: [B, S] int32.
+      decoder_target_tokens: [B, T] int32; the decoder's input is these, shifted within a segment.
+      decoder_segment_ids: [B, T] int32; attends to the encoder tokens of the same id.
+      decoder_positions: [B, T] int32; 0 at a segment's first token.
+      decoder_loss_roles: [B, T] int32; ROLE_LABEL or ROLE_RATIONALE on target tokens.
+      decoder_loss_weights: [B, T] float32; 0 on padding.
+    """
+
+    encoder_input_tokens: np.ndarray
+    encoder_segment_ids: np.ndarray
+    decoder_target_tokens: np.ndarray
+    decoder_segment_ids: np.ndarray
+    decoder_positions: np.ndarray
+    decoder_loss_roles: np.ndarray
+    decoder_loss_weights: np.ndarray
+
+
+def empty_batch(rows: int, source_length: int, target_length: int) -> Batch:
+    """A batch of padding alone, to be filled in place."""
+    source = (rows, source_length)
+    target = (rows, target_length)
+    return Batch(
+        encoder_input_tokens=np.zeros(source, np.int32),
+        encoder_segment_ids=np.zeros(source, np.int32),
+        decoder_target_tokens=np.zeros(target, np.int32),
+        decoder_segment_ids=np.zeros(target, np.int32),
+        decoder_positions=np.zeros(target, np.int32),
+        decoder_loss_roles=np.zeros(target, np.int32),
+        decoder_loss_weights=np.zeros(target, np.float32),
+    )
+
+
+def pad_rows(batch: Batch, multiple: int) -> Batch:
+    """Appends rows of padding until the row count is a multiple, so that devices divide it."""
+    missing = -batch.encoder_input_tokens.shape[0] % multiple
+    if not missing:
+        return batch
+    return Batch(*(np.pad(array, ((0, missing), (0, 0))) for array in batch))

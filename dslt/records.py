@@ -1,0 +1,227 @@
+"""JSONL rows that pass between the stages: examples with rationales, and predictions.
+
+May import the standard library and numpy. A file is UTF-8, one JSON object a line. Readers check
+every row and report the first twenty problems of a file together, each with its path and line.
+
+    for example in read_examples("records.jsonl"):
+        print(example.input, example.label, example.rationale)
+"""
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dslt.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+ANSWER_FORMS = ("text", "equation")
+MAX_PROBLEMS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One problem with what is known about its answer: a row of `records.jsonl`.
+
+    Attributes:
+      id: unique within the file.
+      dataset: the name that its SeqIO Tasks are made from (`<dataset>_label`, `<dataset>_rationale`).
+      split: one of SPLITS.
+      input: the problem as the student reads it, without a task prefix.
+      label: the gold answer, or None where nobody knows it.
+      teacher_label: the teacher's answer in the form of `label`, or None where it gave none that is
+        legal.
+      rationale: the teacher's explanation without its answer, or None.
+      teacher: who explained (`scripted`, `released`, a model's name), or None.
+      prompt: which prompt the teacher was given (a name or a hash), or None.
+      answer_form: how answers compare: `text` by normalised match, `equation` by value.
+    """
+
+    id: str
+    dataset: str
+    split: str
+    input: str
+    label: str | None = None
+    teacher_label: str | None = None
+    rationale: str | None = None
+    teacher: str | None = None
+    prompt: str | None = None
+    answer_form: str = "text"
+
+    def __post_init__(self):
+        _require_member(self, "split", SPLITS)
+        _require_member(self, "answer_form", ANSWER_FORMS)
+        if not self.input.strip():
+            raise ValueError("field 'input' is empty; expected the problem's text")
+        if not self.dataset.isidentifier():
+            raise ValueError(
+                f"field 'dataset' is {self.dataset!r}; expected letters, digits and underscores, "
+                "because SeqIO tasks are named after it"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a student answered to one example: a row of `predictions.jsonl`.
+
+    Attributes:
+      id, dataset, split, input, label, teacher_label, answer_form: as in Example.
+      prediction: the decoded label.
+      rationale: the student's own explanation, or None where none was asked for.
+      is_correct: whether `prediction` matches `label`; None where there is no gold label.
+    """
+
+    id: str
+    dataset: str
+    split: str
+    input: str
+    prediction: str
+    label: str | None = None
+    teacher_label: str | None = None
+    rationale: str | None = None
+    is_correct: bool | None = None
+    answer_form: str = "text"
+
+    def __post_init__(self):
+        _require_member(self, "split", SPLITS)
+        _require_member(self, "answer_form", ANSWER_FORMS)
+
+
+def read_examples(path: str | os.PathLike) -> Iterator[Example]:
+    """Yields the examples of one file in order, holding one row at a time and the ids seen.
+
+    Raises:
+      InputError: at the end of the file, naming the first twenty rows that cannot be used (nothing
+        more is yielded after the first of them); at once if the file cannot be read or has no row.
+    """
+    return _read_rows(Path(path), Example)
+
+
+def read_predictions(path: str | os.PathLike) -> Iterator[Prediction]:
+    """Yields the predictions of one file; errors as in `read_examples`."""
+    return _read_rows(Path(path), Prediction)
+
+
+def write_rows(path: str | os.PathLike, rows: Iterable[Example | Prediction]) -> int:
+    """Writes rows as JSONL and returns their number; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+            count += 1
+    partial.replace(path)
+    return count
+
+
+def read_json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict]]:
+    """Yields (line number, object) for each line; appends what is no JSON object to `problems`.
+
+    Blank lines are skipped. Stops early once `problems` holds MAX_PROBLEMS.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); expected a JSONL file"
+        ) from None
+    with file:
+        for number, raw in enumerate(file, start=1):
+            if len(problems) >= MAX_PROBLEMS:
+                return
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not text:
+                    continue
+                row = json.loads(text)
+            except UnicodeDecodeError as error:
+                problems.append(
+                    f"{path}:{number}: byte {error.start} is not UTF-8; save the file as UTF-8"
+                )
+            except (json.JSONDecodeError, RecursionError) as error:
+                problems.append(f"{path}:{number}: not JSON ({error}); expected one object a line")
+            else:
+                if isinstance(row, dict):
+                    yield number, row
+                else:
+                    problems.append(
+                        f"{path}:{number}: found a JSON {_json_type(row)}; expected an object"
+                    )
+
+
+def raise_problems(path: Path, problems: list[str]) -> None:
+    """Raises one InputError that lists `problems`, if there are any."""
+    if problems:
+        more = " (stopped at the twentieth)" if len(problems) >= MAX_PROBLEMS else ""
+        raise InputError(
+            f"{path}: {len(problems)} unusable rows{more}:\n  " + "\n  ".join(problems)
+        )
+
+
+def _read_rows(path: Path, row_type: type) -> Iterator:
+    problems: list[str] = []
+    line_of_id: dict[str, int] = {}
+    for number, row in read_json_lines(path, problems):
+        try:
+            parsed = _parse_row(row, row_type)
+            if parsed.id in line_of_id:
+                raise ValueError(
+                    f"id {parsed.id!r} is that of line {line_of_id[parsed.id]}; ids must be unique"
+                )
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+            continue
+        line_of_id[parsed.id] = number
+        if not problems:
+            yield parsed
+    raise_problems(path, problems)
+    if not line_of_id:
+        raise InputError(f"{path}: has no rows; expected one JSON object a line")
+
+
+def _parse_row(row: dict, row_type: type) -> Example | Prediction:
+    """Builds a row after checking names and types; raises ValueError with every fault of the row."""
+    fields = {field.name: field for field in dataclasses.fields(row_type)}
+    faults = [
+        f"unknown field {name!r}; expected {', '.join(fields)}"
+        for name in row
+        if name not in fields
+    ]
+    for name, field in fields.items():
+        allowed = _allowed_types(row_type, name)
+        if name not in row:
+            if field.default is dataclasses.MISSING:
+                faults.append(f"field {name!r} is missing")
+        elif type(row[name]) not in allowed:
+            expected = " or ".join(_JSON_NAMES[kind] for kind in allowed)
+            faults.append(f"field {name!r} is a {_json_type(row[name])}; expected {expected}")
+    if faults:
+        raise ValueError("; ".join(faults))
+    return row_type(**row)
+
+
+def _allowed_types(row_type: type, name: str) -> tuple[type, ...]:
+    hint = typing.get_type_hints(row_type)[name]
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _require_member(row, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(row, name) not in allowed:
+        raise ValueError(
+            f"field {name!r} is {getattr(row, name)!r}; expected one of {', '.join(allowed)}"
+        )
+
+
+_JSON_NAMES = {
+    str: "string", bool: "boolean", int: "number", float: "number",
+    type(None): "null", dict: "object", list: "list",
+}  # fmt: skip
+
+
+def _json_type(value) -> str:
+    return _JSON_NAMES[type(value)]

@@ -1,0 +1,40 @@
+"""Packaging. The lower bounds are the versions that the tests ran with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dslt",
+    version="0.1.0",
+    description="Distilling Step-by-Step for T5 on JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["dslt", "dslt.*"]), "dslt.gin", "dslt.gin.models", "dslt.gin.runs"],
+    package_dir={"dslt.gin": "gin"},
+    package_data={"dslt.gin": ["**/*.gin", "*.gin"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "transformers>=5.23.0",
+        "tensorflow-datasets>=4.9.10",
+        "seqio>=0.0.20",
+        "gin-config>=0.5.0",
+        "numpy>=2.0",
+        "sentencepiece>=0.2.3",
+        "tokenizers>=0.22",
+        "safetensors>=0.8.0",
+        "tensorboardX>=2.6.2",
+        "tqdm>=4.67",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "gpu": ["jax[cuda13]>=0.10.2"],
+        "test": ["pytest>=8", "ruff>=0.14", "hypothesis>=6", "torch>=2.13.0"],
+    },
+    entry_points={"console_scripts": ["dslt = dslt.main:main"]},
+)
