@@ -12,9 +12,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["dslt", "dslt.*"]), "dslt.gin", "dslt.gin.models", "dslt.gin.runs"],
-    package_dir={"dslt.gin": "gin"},
-    package_data={"dslt.gin": ["**/*.gin", "*.gin"]},
+    packages=[*find_packages(include=["dslt", "dslt.*"]), "dslt.gin"],
+    package_dir={"dslt.gin": "gin"},  # the configs travel inside the wheel
+    package_data={"dslt.gin": ["**/*.gin"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

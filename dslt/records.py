@@ -28,7 +28,7 @@ class Example:
 
     Attributes:
       id: unique within the file.
-      dataset: the name that its SeqIO Tasks are made from (`<dataset>_label`, `<dataset>_rationale`).
+      dataset: what its SeqIO Tasks are named after (`<dataset>_label`, `<dataset>_rationale`).
       split: one of SPLITS.
       input: the problem as the student reads it, without a task prefix.
       label: the gold answer, or None where nobody knows it.
@@ -185,7 +185,7 @@ def _read_rows(path: Path, row_type: type) -> Iterator:
 
 
 def _parse_row(row: dict, row_type: type) -> Example | Prediction:
-    """Builds a row after checking names and types; raises ValueError with every fault of the row."""
+    """Builds a row after checking names and types; raises ValueError with all the row's faults."""
     fields = {field.name: field for field in dataclasses.fields(row_type)}
     faults = [
         f"unknown field {name!r}; expected {', '.join(fields)}"
