@@ -1,0 +1,240 @@
+import json
+
+import pytest
+
+from dslt.records import Example
+from dslt.teacher.parse import (
+    CHOICE,
+    EMPTY_RATIONALE,
+    EQUATION,
+    NLI,
+    NO_ANSWER,
+    NO_CHOICE,
+    NO_EQUATION,
+    TEXT,
+    TRUNCATED,
+    TWO_ANSWERS,
+    AnswerForm,
+    Parsed,
+    answer_form,
+    choices_of,
+    cut_at_next_exemplar,
+    parse_completion,
+)
+
+CHOICES = ["park", "coloring book", "garden center", "math problem", "being good."]
+
+
+def answer_of(completion, form, choices=CHOICES):
+    parsed = parse_completion(f"Why. {completion}", form, choices)
+    assert parsed.reason is None, parsed.reason
+    assert parsed.rationale == "Why."
+    return parsed.answer
+
+
+def reason_of(completion, form, choices=CHOICES):
+    parsed = parse_completion(f"Why. {completion}", form, choices)
+    assert parsed.rationale is None and parsed.answer is None
+    return parsed.reason
+
+
+def test_completions_as_palm_gave_them():
+    svamp = (
+        "Luke scored 84 points after 2 rounds. 84 / 2 = 42. The answer is (84 / 2).\n\n"
+        "Q: There are 120 students.\nA: 1/3 of 120 is 40. The answer is (120 /"
+    )
+    assert parse_completion(svamp, EQUATION) == Parsed(
+        "Luke scored 84 points after 2 rounds. 84 / 2 = 42.", "( 84 / 2 )", None
+    )
+    cqa = (
+        "The answer must be about numbers. Of the above choices, only math problem is. "
+        "So the answer is (d) math problem.\n\nQ: Where?\nAnswer Choices:\n(a) here\nA: The"
+    )
+    assert parse_completion(cqa, CHOICE, CHOICES) == Parsed(
+        "The answer must be about numbers. Of the above choices, only math problem is.",
+        "math problem",
+        None,
+    )
+    esnli = "It rains,\nso it is wet.\nAnswer: entailment\n\nPremise: Two men\nHypothesis: Answer:"
+    assert parse_completion(esnli, NLI) == Parsed("It rains, so it is wet.", "entailment", None)
+    anli = "Rain is wet. So the answer is contradiction.\n\nPremise: x. So the answer is neutral."
+    assert parse_completion(anli, NLI) == Parsed("Rain is wet.", "contradiction", None)
+
+
+@pytest.mark.parametrize("start", ["Q: x", "Question: x", "  Premise: x", "\nQ : x"])
+def test_completion_ends_where_a_line_begins_the_next_exemplar(start):
+    assert cut_at_next_exemplar(f"Why.\n{start}") == ("Why.", True)
+    assert cut_at_next_exemplar("The Q: of it.") == ("The Q: of it.", False)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("So the answer is (d) math problem.", "math problem"),
+        ("so the answer is (D) Math  Problem", "math problem"),
+        ("**Answer:** (d) math problem", "math problem"),
+        ("The answer is **(d) math problem**.", "math problem"),
+        ("Therefore, the correct answer is: d) math problem", "math problem"),
+        ("The final answer is d.", "math problem"),
+        ("The answer is (d).", "math problem"),
+        ('The answer is "math problem".', "math problem"),
+        ("The answer is (d) math problem. It has numbers in it.", "math problem"),
+        ("The answer is (d) math problem\nbecause of the numbers", "math problem"),
+        ("So the answer is (e) being good.", "being good."),
+        ("So the answer is (d) math probelm.", "math problem"),  # nearly spelt
+        ("So the answer is (c) park.", "park"),  # the text decides, not the letter
+        ("So the answer is coloring book.", "coloring book"),
+    ],
+)
+def test_choice_is_read_leniently(completion, answer):
+    assert answer_of(completion, CHOICE) == answer
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("So the answer is (d) driving.", NO_CHOICE),
+        ("So the answer is (h) driving.", NO_CHOICE),
+        ("So the answer is one of these four.", NO_CHOICE),
+        ("So the answer is either (a) park or (d) math problem.", TWO_ANSWERS),
+        ("So the answer is (a) park or (b) coloring book.", TWO_ANSWERS),
+        ("The answer is (a) park. No, the answer is (d) math problem.", TWO_ANSWERS),
+        ("The answer must be a park.", NO_ANSWER),
+        ("So the answer is", TRUNCATED),
+        ("So the answer is (d) ma", TRUNCATED),
+        ("A park has trees and", TRUNCATED),
+    ],
+)
+def test_what_is_no_choice_has_its_reason(completion, reason):
+    assert reason_of(completion, CHOICE) == reason
+
+
+def test_same_choice_twice_in_the_list_is_one_answer():
+    choices = ["bus depot", "beach", "train station", "bridge", "bridge"]
+    for letter in "de":
+        assert answer_of(f"So the answer is ({letter}) bridge.", CHOICE, choices) == "bridge"
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("The answer is (84 / 2).", "( 84 / 2 )"),
+        ("The answer is 84/2", "( 84 / 2 )"),
+        ("The answer is (12 - 2) - 7.", "( ( 12 - 2 ) - 7 )"),
+        ("The answer is (17 + 15 + 2).", "( 17 + 15 + 2 )"),
+        ("The answer is (84 / 2) = 42.", "( 84 / 2 )"),
+        ("The answer is $1,000 × 2.", "( 1000 * 2 )"),
+        ("Answer: **84 / 2**", "( 84 / 2 )"),
+        ("The answer is (84 / 2). That is 42.", "( 84 / 2 )"),
+        ("The answer is 12 - 2 cups of flour.", "( 12 - 2 )"),
+        ("The answer is (2).", "( 2 )"),
+    ],
+)
+def test_equation_is_read_leniently(completion, answer):
+    assert answer_of(completion, EQUATION) == answer
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("The answer is (175, 5).", NO_EQUATION),
+        ("The answer is (23 + x).", NO_EQUATION),
+        ("The answer is 2 x.", NO_EQUATION),
+        ("The answer is (7x = 14).", NO_EQUATION),
+        ("The answer is (84 / 2) = 43.", NO_EQUATION),
+        ("The answer is (some - 8).", NO_EQUATION),
+        ("The answer is (1 / 0).", NO_EQUATION),
+        ("The answer is (8 / 4) and (6 / 4).", TWO_ANSWERS),
+        ("The answer is 5. So the answer is 6.", TWO_ANSWERS),
+        ("The answer is ((491 - 21", TRUNCATED),
+    ],
+)
+def test_what_is_no_equation_has_its_reason(completion, reason):
+    assert reason_of(completion, EQUATION) == reason
+
+
+def test_an_answer_that_was_cut_off_by_the_next_exemplar_is_whole():
+    completion = "Why. The answer is (23 + x)\n\nQ: Next"
+    assert parse_completion(completion, EQUATION).reason == NO_EQUATION
+
+
+def test_same_answer_given_twice_is_one_answer():
+    parsed = parse_completion("The answer is 42. It is 84 / 2. So the answer is 84/2.", EQUATION)
+    assert (parsed.answer, parsed.reason) == ("( 84 / 2 )", None)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("So the answer is entailment.", "entailment"),
+        ("Answer: Neutral", "neutral"),
+        ("The answer is *contradiction*.", "contradiction"),
+        ("The answer is contradiction, because red is not blue.", "contradiction"),
+    ],
+)
+def test_nli_label_is_read_leniently(completion, answer):
+    assert answer_of(completion, NLI) == answer
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("So the answer is not entailment.", NO_CHOICE),
+        ("So the answer is unclear.", NO_CHOICE),
+        ("So the answer is neutrality.", NO_CHOICE),
+        ("So the answer is neutral or contradiction.", TWO_ANSWERS),
+        ("So the answer is contradic", TRUNCATED),
+    ],
+)
+def test_what_is_no_nli_label_has_its_reason(completion, reason):
+    assert reason_of(completion, NLI) == reason
+
+
+def test_label_sets_of_ones_own():
+    form = AnswerForm("label", ("Positive", "very positive", "not sure!"))
+    assert answer_of("The answer is very positive.", form) == "very positive"
+    assert answer_of("The answer is positive.", form) == "Positive"
+    assert answer_of("The answer is Not sure.", form) == "not sure!"
+    with pytest.raises(ValueError, match="only `label` has some"):
+        AnswerForm("label")
+    with pytest.raises(ValueError, match="kind is 'number'"):
+        AnswerForm("number")
+
+
+def test_open_text_is_what_stands_behind_the_mark():
+    assert answer_of("The answer is 'in Paris'.\nIndeed.", TEXT) == "in Paris"
+    assert reason_of("The answer is .", TEXT) == NO_ANSWER
+
+
+def test_empty_completions_and_rationales_are_rejected():
+    assert parse_completion("", NLI).reason == NO_ANSWER
+    assert parse_completion("Q: x\nA: Why. The answer is neutral.", NLI).reason == NO_ANSWER
+    assert parse_completion("The answer is neutral.", NLI).reason == EMPTY_RATIONALE
+    assert parse_completion("A: So the answer is neutral.", NLI).reason == EMPTY_RATIONALE
+
+
+def test_rationale_loses_its_opening_and_its_white_space_but_not_its_asterisks():
+    parsed = parse_completion("Explanation:  **Two** by\n 3 is `2 * 3`. Answer: 2 * 3", EQUATION)
+    assert parsed.rationale == "Two by 3 is 2 * 3."
+
+
+def example(dataset, text, form="text"):
+    return Example("x", dataset, "train", text, answer_form=form)
+
+
+def test_answer_form_is_declared_by_the_dataset_or_seen_in_the_example():
+    listed = "Where?\nAnswer Choices:\n(a) ice\n(b) a (c) b"
+    assert answer_form(example("anli1", listed)) == NLI
+    assert answer_form(example("mine", listed)) == CHOICE
+    assert answer_form(example("mine", "1 + 1", "equation")) == EQUATION
+    assert answer_form(example("mine", "Why?")) == TEXT
+    assert choices_of(example("mine", listed)) == ["ice", "a (c) b"]
+    assert choices_of(example("mine", "(a) ice")) == []
+
+
+@pytest.mark.parametrize("form", [CHOICE, NLI, EQUATION, TEXT])
+def test_no_text_breaks_the_parser(form):
+    for text in ("\x00", "Answer:" * 500, "(" * 5000, "the answer is " + "(" * 5000,
+                 "answer: " + "1 and " * 2000, json.dumps({"answer": "x"}), "*" * 3000,
+                 "answer: " + "a b " * 3000):  # fmt: skip
+        parse_completion(text, form, CHOICES)
