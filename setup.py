@@ -22,6 +22,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "transformers>=5.23.0",
         "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6",  # tensorflow-datasets imports it when it downloads
         "seqio>=0.0.20",
         "gin-config>=0.5.0",
         "numpy>=2.0",

@@ -105,7 +105,7 @@ def extract(
                 rejected.append(json.dumps(row, ensure_ascii=False) + "\n")
             yield record
 
-    _write_records(output_dir / RECORDS, records())
+    write_records(output_dir / RECORDS, records())
     _write_text(output_dir / REJECTED, "".join(rejected))
     summary = Summary(
         teacher=teacher,
@@ -116,6 +116,19 @@ def extract(
     )
     _write_text(output_dir / SUMMARY, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
     return summary
+
+
+def write_records(path: Path, records: Iterable[Example]) -> None:
+    """Writes records; the same ones are kept, and different ones never replaced (InputError)."""
+    new = path.with_name(path.name + ".new")
+    write_rows(new, records)
+    if path.exists() and not filecmp.cmp(path, new, shallow=False):
+        new.unlink()
+        raise InputError(
+            f"{path}: holds other records than this extraction gives, and is never overwritten; "
+            "choose another output directory, or move the file away"
+        )
+    new.replace(path)
 
 
 def format_summary(summary: Summary) -> str:
@@ -195,19 +208,6 @@ def _is_right(record: Example) -> bool | None:
     if record.teacher_label is None:
         return False
     return is_correct(record.teacher_label, record.label, record.answer_form)
-
-
-def _write_records(path: Path, records: Iterable[Example]) -> None:
-    """Writes the records; keeps the same ones, and refuses to replace others."""
-    new = path.with_name(path.name + ".new")
-    write_rows(new, records)
-    if path.exists() and not filecmp.cmp(path, new, shallow=False):
-        new.unlink()
-        raise InputError(
-            f"{path}: holds other records than this extraction gives, and is never overwritten; "
-            "choose another output directory, or move the file away"
-        )
-    new.replace(path)
 
 
 def _write_text(path: Path, text: str) -> None:

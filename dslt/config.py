@@ -1,0 +1,152 @@
+"""gin files and overrides → one frozen dataclass each stage reads. The only file that knows gin.
+
+    configs = parse(["runs/step_by_step.gin"], ["train.TrainConfig.rationale_weight = 0.5"])
+    configs.train.rationale_weight
+
+A gin file begins with `from __gin__ import dynamic_registration` and the imports of what it binds,
+and binds by full name: `t5.T5Config.d_model = 64`. Macros and scopes are not used: a mistyped macro
+is silently ignored, a mistyped parameter is an error. Overrides need no imports.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+
+from dslt.core.optimizer import OptimizerConfig
+from dslt.core.sharding import MeshConfig
+from dslt.core.t5 import T5Config
+from dslt.data.pipeline import DataConfig
+from dslt.errors import InputError
+from dslt.evaluate import EvalConfig
+from dslt.train import TrainConfig
+from dslt.workdir import RunDir
+
+# In front of overrides, so that they may name any config without an import of their own.
+OVERRIDE_HEADER = """\
+from __gin__ import dynamic_registration
+from dslt import evaluate
+from dslt import train
+from dslt.core import optimizer
+from dslt.core import sharding
+from dslt.core import t5
+from dslt.data import pipeline
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Configs:
+    """All that can be configured, and `text`, the operative config that says it again."""
+
+    train: TrainConfig
+    model: T5Config
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    data: DataConfig
+    evaluate: EvalConfig
+    text: str
+
+
+def gin_directory() -> Path:
+    """Where the shipped gin files lie: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "gin"
+    return inside if inside.is_dir() else package.parent / "gin"
+
+
+def parse(files: Sequence[str], overrides: Sequence[str] = ()) -> Configs:
+    """Reads gin files, each looked for here and among the shipped ones, then the overrides.
+
+    Args:
+      files: later ones override earlier ones.
+      overrides: bindings such as `t5.T5Config.num_layers = 4`.
+
+    Raises:
+      InputError: a file, a name, a value or its type is wrong.
+    """
+    gin.clear_config()
+    gin.add_config_file_search_path(str(gin_directory()))
+    bindings = [OVERRIDE_HEADER, *overrides] if overrides else []
+    # gin raises its own and Python's errors alike; each text names file and line.
+    try:
+        gin.parse_config_files_and_bindings(list(files), bindings)
+    except (OSError, ImportError, ValueError, TypeError, LookupError, SyntaxError) as error:
+        raise InputError(f"{error}{_shipped(error)}") from None
+    except AttributeError as error:
+        raise InputError(f"{error}. Expected one of: {', '.join(_names())}") from None
+    built = {}
+    for field in dataclasses.fields(Configs)[:-1]:
+        try:
+            built[field.name] = gin.get_configurable(field.type)()
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error).splitlines()[0]) from None
+        check_types(built[field.name])
+    return Configs(**built, text=gin.operative_config_str())
+
+
+def check_run(run: RunDir, configs: Configs) -> None:
+    """Holds the config against that of an existing run's directory.
+
+    Raises:
+      InputError: the directory is of a run with another config; the difference is shown.
+    """
+    if not run.config.exists():
+        return
+    found = run.config.read_text(encoding="utf-8").splitlines()
+    difference = difflib.unified_diff(
+        found, configs.text.splitlines(), "in the directory", "asked for", lineterm="", n=0
+    )
+    changed = [line for line in difference if not line.startswith("@@")]
+    if changed:
+        raise InputError(
+            f"{run.config}: this directory is of a run with another config:\n  "
+            + "\n  ".join(changed)
+            + "\nChoose another --run_dir, or ask for the same config to resume."
+        )
+
+
+def check_types(config) -> None:
+    """Raises InputError for the first field whose value is not of its annotated type."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        if not _fits(value, hint):
+            shown = getattr(hint, "__name__", None) or str(hint)
+            raise InputError(f"{type(config).__name__}.{field.name} is {value!r}; expected {shown}")
+
+
+def _fits(value, hint) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        is_sequence = isinstance(value, tuple | list)
+        return is_sequence and all(_fits(entry, arguments[0]) for entry in value)
+    if origin is not None:
+        return isinstance(value, origin)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint is typing.Any or isinstance(value, hint)
+
+
+def _names() -> list[str]:
+    return [
+        f"{field.type.__module__.rpartition('.')[2]}.{field.type.__name__}"
+        for field in dataclasses.fields(Configs)[:-1]
+    ]
+
+
+def _shipped(error: Exception) -> str:
+    """Which gin files there are, where one was not found."""
+    if not isinstance(error, OSError):
+        return ""
+    shipped = sorted(
+        str(path.relative_to(gin_directory())) for path in gin_directory().rglob("*.gin")
+    )
+    return "\nShipped gin files: " + ", ".join(shipped)

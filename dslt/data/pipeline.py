@@ -1,0 +1,486 @@
+"""From records files to the batches of a run, and to the inputs of an evaluation.
+
+May import numpy, `dslt.records`, `dslt.core.batch` and the data wing; on a built token cache
+neither SeqIO nor TensorFlow is imported.
+
+    config = DataConfig(records=("svamp.jsonl",), vocabulary="spiece.model", batch_examples=64)
+    vocabulary = open_vocabulary(config, keep_in="runs/svamp/vocabulary")
+    stream = TrainStream(config, vocabulary, seed=0, use_rationales=True)
+    for batch in stream.batches(start_step=1000):
+        ...
+
+A batch depends on (config, seed, step) and on nothing else: not on the batches before it, the
+hosts or the devices. To resume is to ask for the next step.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE, Batch
+from dslt.data.packing import (
+    PairOrder,
+    RowShape,
+    Segments,
+    TokenTable,
+    WindowPlan,
+    build_batch,
+    plan_window,
+    suggest_row_shape,
+)
+from dslt.data.token_cache import (
+    LABEL_TASK,
+    RATIONALE_TASK,
+    SIDES,
+    CachedTask,
+    RecordsIndex,
+    TaskSettings,
+    open_index,
+    open_task,
+    task_name,
+)
+from dslt.data.vocabulary import (
+    SENTENCEPIECE_FILE,
+    SentencePieceVocabulary,
+    Vocabulary,
+    encode_with_eos,
+    load_vocabulary,
+    train_sentencepiece,
+)
+from dslt.errors import InputError
+from dslt.records import SPLITS, EvalInput, Example, read_examples
+
+KEPT_PLANS = 4  # windows: the current one, the one a prefetch is in, and two that were asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a run reads.
+
+    Attributes:
+      records: JSONL files of records; a dataset lies in one file only.
+      vocabulary: a SentencePiece file, a Hugging Face tokenizer's directory, `bytes`, or `train:N`
+        for at most N pieces trained on the train splits of these records.
+      label_source: `gold` or `teacher`, what the train split learns as the label.
+      input_prefix_label, input_prefix_rationale: what tells the student the task.
+      max_input_length, max_target_length: tokens, EOS included; what is longer is cut and counted.
+      batch_examples: examples a step, each with its label and, if it has one, its rationale.
+      source_length, target_length: of a packed row; suggested from the data where None.
+      mixture_rates: dataset to rate, for all datasets that train; None: by number of examples.
+      cache_dir: of the token cache; where None, `token_cache` beside the first records file.
+    """
+
+    records: tuple[str, ...] = ()
+    vocabulary: str = ""
+    label_source: str = "gold"
+    input_prefix_label: str = "predict: "
+    input_prefix_rationale: str = "explain: "
+    max_input_length: int = 1024
+    max_target_length: int = 256
+    batch_examples: int = 64
+    source_length: int | None = None
+    target_length: int | None = None
+    mixture_rates: Mapping[str, float] | None = None
+    cache_dir: str | None = None
+
+    def task_settings(self) -> TaskSettings:
+        """The part that the tokens depend on; raises InputError if it cannot be."""
+        return TaskSettings(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(TaskSettings)}
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSet:
+    """One dataset's train split: pair i is entry i of the label Task.
+
+    Attributes:
+      name: the dataset.
+      index: of its records file.
+      label: inputs and targets of the label Task.
+      rationale: those of the rationale Task, or None.
+      rationale_entry: [pairs] int64, each pair's entry in `rationale`; -1 where it has none.
+      rows: [pairs] int64, rows of the records file.
+      num_unlabelled: train examples that have no label and therefore are not learnt from.
+      counts: Task name to the token, truncation and unknown counts of its train split.
+    """
+
+    name: str
+    index: RecordsIndex
+    label: tuple[TokenTable, TokenTable]
+    rationale: tuple[TokenTable, TokenTable] | None
+    rationale_entry: np.ndarray
+    rows: np.ndarray
+    num_unlabelled: int
+    counts: Mapping[str, Mapping[str, int]]
+
+    def lengths(self) -> np.ndarray:
+        """[pairs, 4] int64: label source and target, rationale source and target (0: none)."""
+        lengths = np.zeros((len(self.rows), 4), np.int64)
+        for column, table in enumerate(self.label):
+            lengths[:, column] = np.diff(table.offsets)
+        has_rationale = self.rationale_entry >= 0
+        for column, table in enumerate(self.rationale or (), start=2):
+            lengths[has_rationale, column] = np.diff(table.offsets)[
+                self.rationale_entry[has_rationale]
+            ]
+        return lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """The share of a batch's cells that hold tokens, in [0, 1]."""
+
+    source: float
+    target: float
+
+
+class TrainStream:
+    """The endless stream of training batches.
+
+    Attributes:
+      vocabulary: what its tokens mean.
+      row_shape: the shape of every batch.
+      order: which pairs each window of steps sees.
+      num_examples: pairs of an epoch, over all datasets.
+      num_rationales: how many of them have a rationale segment.
+      left_out: pairs that found no room in the windows planned so far; each is left out of one
+        epoch.
+    """
+
+    def __init__(
+        self, config: DataConfig, vocabulary: Vocabulary, *, seed: int, use_rationales: bool
+    ):
+        """Opens or builds the token cache and settles the row shape.
+
+        Args:
+          seed: of the order of the examples.
+          use_rationales: whether rationale segments are built; False where λ is 0.
+
+        Raises:
+          InputError: the settings, a file or the data cannot be used.
+        """
+        self.vocabulary = vocabulary
+        self._sets = open_train_sets(config, vocabulary, use_rationales)
+        self._lengths = np.concatenate([train_set.lengths() for train_set in self._sets])
+        self._offsets = np.cumsum([0] + [len(train_set.rows) for train_set in self._sets])
+        self._seed = seed
+        self.num_examples = len(self._lengths)
+        self.num_rationales = int((self._lengths[:, 2] > 0).sum())
+        if use_rationales and not self.num_rationales:
+            raise InputError(
+                f"none of the {self.num_examples} train examples of {', '.join(config.records)} "
+                "has a rationale; extract rationales first, or set rationale_weight to 0"
+            )
+        self.order = PairOrder(
+            sizes=tuple(len(train_set.rows) for train_set in self._sets),
+            rates=_rates(config, self._sets),
+            batch_examples=config.batch_examples,
+            seed=seed,
+        )
+        self.row_shape: RowShape = suggest_row_shape(
+            self.order, self._lengths, config.source_length, config.target_length
+        )
+        self._plans: dict[int, tuple[np.ndarray, WindowPlan]] = {}
+        self._left_out: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def left_out(self) -> int:
+        return sum(self._left_out.values())
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """The batch of one step, or a slice of its rows: one host's share."""
+        pairs, segments = self._segments(step)
+        dataset = np.searchsorted(self._offsets, pairs, side="right") - 1
+        sources = []
+        for number in np.unique(dataset):
+            train_set = self._sets[number]
+            for role, tables in (
+                (ROLE_LABEL, train_set.label),
+                (ROLE_RATIONALE, train_set.rationale),
+            ):
+                index = np.flatnonzero((dataset == number) & (segments.role == role))
+                entry = pairs[index] - self._offsets[number]
+                if role == ROLE_RATIONALE:
+                    entry = train_set.rationale_entry[entry]
+                if len(index):
+                    sources.append((index, entry, *tables))
+        return build_batch(segments, sources, self.row_shape, rows)
+
+    def batches(
+        self, start_step: int = 0, rows: slice | None = None, prefetch_batches: int = 2
+    ) -> Iterator[Batch]:
+        """Yields the batches from `start_step` on, without end; a thread works ahead."""
+        steps = itertools.count(start_step)
+        if prefetch_batches <= 0:
+            yield from (self.batch(step, rows) for step in steps)
+        with concurrent.futures.ThreadPoolExecutor(1, "batches") as pool:
+            ahead = collections.deque(
+                pool.submit(self.batch, next(steps), rows) for _ in range(prefetch_batches)
+            )
+            while True:
+                batch = ahead.popleft().result()
+                ahead.append(pool.submit(self.batch, next(steps), rows))
+                yield batch
+
+    def examples(self, step: int) -> list[str]:
+        """The ids of a step's examples, `dataset/id`, to reproduce a batch; sorted."""
+        pairs, segments = self._segments(step)
+        return sorted(self._example_id(pair) for pair in pairs[segments.role == ROLE_LABEL])
+
+    def fill(self, windows: int = 1) -> Fill:
+        """How full the batches of the first windows are on average."""
+        steps = range(windows * self.order.window_batches)
+        tokens = np.zeros(2)
+        for step in steps:
+            _, segments = self._segments(step)
+            tokens += segments.source_length.sum(), segments.target_length.sum()
+        sides = (self.row_shape.source_length, self.row_shape.target_length)
+        return Fill(*(tokens / len(steps) / self.row_shape.rows / sides).tolist())
+
+    @property
+    def records_digests(self) -> dict[str, str]:
+        """Path to sha256 hex of each records file that is trained on."""
+        return {str(train_set.index.path): train_set.index.digest for train_set in self._sets}
+
+    def report(self) -> list[str]:
+        """What was read, cut and not understood, in lines to print when a run starts."""
+        fill = self.fill()
+        shape = self.row_shape
+        lines = [
+            f"{self.num_examples} examples, {self.num_rationales} with a rationale; a batch is "
+            f"{self.order.batch_examples} examples in {shape.rows} rows of {shape.source_length} "
+            f"source and {shape.target_length} target tokens, filled {fill.source:.3f} and "
+            f"{fill.target:.3f}"
+        ]
+        for train_set in self._sets:
+            if train_set.num_unlabelled:
+                lines.append(
+                    f"warning: {train_set.name}: {train_set.num_unlabelled} train examples have no "
+                    "label and are left out"
+                )
+            lines += token_warnings(train_set.counts)
+        return lines
+
+    def _segments(self, step: int) -> tuple[np.ndarray, Segments]:
+        """The pair ids [n] and the segments of one step."""
+        if step < 0:
+            raise InputError(f"step is {step}; expected zero or more")
+        window, number = divmod(step, self.order.window_batches)
+        pairs, plan = self._plan(window)
+        bounds = np.searchsorted(plan.segments.batch, [number, number + 1])
+        segments = plan.segments.where(slice(*bounds))
+        return pairs[segments.pair], segments
+
+    def _plan(self, window: int) -> tuple[np.ndarray, WindowPlan]:
+        with self._lock:
+            if window not in self._plans:
+                pairs = self.order.window(window)
+                plan = plan_window(
+                    self._lengths[pairs],
+                    self.row_shape,
+                    self.order.window_batches,
+                    key=(self._seed, window),
+                )
+                self._left_out[window] = len(plan.left_out)
+                self._plans[window] = (pairs, plan)
+                while len(self._plans) > KEPT_PLANS:
+                    del self._plans[next(iter(self._plans))]
+            return self._plans[window]
+
+    def _example_id(self, pair: int) -> str:
+        number = int(np.searchsorted(self._offsets, pair, side="right")) - 1
+        train_set = self._sets[number]
+        row = int(train_set.rows[pair - self._offsets[number]])
+        return f"{train_set.name}/{train_set.index.example_id(row)}"
+
+
+def open_vocabulary(config: DataConfig, keep_in: str | os.PathLike) -> Vocabulary:
+    """The vocabulary of a run, opened or trained, and copied into its directory.
+
+    A vocabulary that is in `keep_in` already goes first: a resumed run speaks as it began.
+    """
+    keep_in = Path(keep_in)
+    if keep_in.is_dir():
+        return load_vocabulary(keep_in)
+    kind, _, size = config.vocabulary.partition(":")
+    if kind == "train":
+        if not size.isdecimal():
+            raise InputError(
+                f"vocabulary is {config.vocabulary!r}; expected a number of pieces: train:8000"
+            )
+        return train_vocabulary(config, int(size), keep_in / SENTENCEPIECE_FILE)
+    vocabulary = load_vocabulary(config.vocabulary)
+    vocabulary.save(keep_in)
+    return vocabulary
+
+
+def open_train_sets(
+    config: DataConfig, vocabulary: Vocabulary, use_rationales: bool
+) -> list[TrainSet]:
+    """The datasets that have something to train on, sorted by name.
+
+    Raises:
+      InputError: no records file, a dataset in two files, or no train example with a label.
+    """
+    settings = config.task_settings()
+    cache_dir = config.cache_dir or Path(_records_paths(config)[0]).parent / "token_cache"
+    file_of_dataset: dict[str, RecordsIndex] = {}
+    for path in _records_paths(config):
+        index = open_index(cache_dir, path)
+        for name in index.datasets:
+            if name in file_of_dataset:
+                raise InputError(
+                    f"dataset {name!r} is in {file_of_dataset[name].path} and in {path}; put it "
+                    "into one file, or rename it in one of them"
+                )
+            file_of_dataset[name] = index
+    train_sets = [
+        _open_train_set(index, name, vocabulary, settings, cache_dir, use_rationales)
+        for name, index in sorted(file_of_dataset.items())
+        if "train" in index.task_examples(name, LABEL_TASK, settings)
+    ]
+    if not train_sets:
+        raise InputError(
+            f"{', '.join(config.records)}: no example of split 'train' has a {config.label_source} "
+            "label; expected some to learn from. Look at the fields split, label and teacher_label"
+        )
+    return train_sets
+
+
+def token_warnings(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Lines on what was cut or not understood; `counts` by Task name, as TrainSet has them."""
+    lines = []
+    for name, numbers in counts.items():
+        for side in SIDES:
+            noun = side.removesuffix("s")
+            cut, unknown = numbers[f"truncated_{side}"], numbers[f"unknown_{side}"]
+            if cut:
+                lines.append(
+                    f"warning: {name}: {cut} of {numbers['examples']} {side} are cut to "
+                    f"max_{noun}_length"
+                )
+            if unknown:
+                lines.append(
+                    f"warning: {name}: {unknown} of {numbers[f'{noun}_tokens']} {noun} tokens are "
+                    "unknown to the vocabulary"
+                )
+    return lines
+
+
+def eval_inputs(config: DataConfig, split: str, vocabulary: Vocabulary) -> list[EvalInput]:
+    """All examples of a split in the order of the files, also those without a gold label.
+
+    The tokens are those of the SeqIO Tasks (a test compares them), made by the vocabulary itself:
+    a Task has no examples without a target.
+
+    Raises:
+      InputError: the split is none of SPLITS, or no records file has an example in it.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+    found = []
+    others: collections.Counter = collections.Counter()
+    for path in _records_paths(config):
+        for example in read_examples(path):
+            others[example.split] += 1
+            if example.split == split:
+                found.append(encode_example(config, example, vocabulary))
+    if not found:
+        there = ", ".join(f"{number} in {name}" for name, number in others.items())
+        raise InputError(
+            f"{', '.join(config.records)}: no example is in split {split!r} ({there}); give "
+            "records that have one, or another split"
+        )
+    return found
+
+
+def encode_example(config: DataConfig, example: Example, vocabulary: Vocabulary) -> EvalInput:
+    """Tokenizes one example for both tasks."""
+    (label, is_label_cut), (rationale, is_rationale_cut) = (
+        encode_with_eos(vocabulary, prefix + example.input, config.max_input_length)
+        for prefix in (config.input_prefix_label, config.input_prefix_rationale)
+    )
+    return EvalInput(example, label, rationale, is_label_cut or is_rationale_cut)
+
+
+def train_vocabulary(
+    config: DataConfig, size: int, path: str | os.PathLike
+) -> SentencePieceVocabulary:
+    """Trains pieces on all texts of the train splits, prefixes included, and writes them to `path`.
+
+    The same records give the same file. `config.vocabulary` plays no role.
+    """
+    return train_sentencepiece(_train_texts(config), size, path)
+
+
+def _train_texts(config: DataConfig) -> Iterator[str]:
+    for path in _records_paths(config):
+        for example in read_examples(path):
+            if example.split != "train":
+                continue
+            yield config.input_prefix_label + example.input
+            yield config.input_prefix_rationale + example.input
+            yield from filter(None, (example.label, example.teacher_label, example.rationale))
+
+
+def _records_paths(config: DataConfig) -> tuple[str, ...]:
+    if not config.records:
+        raise InputError("no records file is given; expected at least one path in records")
+    return tuple(config.records)
+
+
+def _open_train_set(
+    index: RecordsIndex,
+    name: str,
+    vocabulary: Vocabulary,
+    settings: TaskSettings,
+    cache_dir: str | os.PathLike,
+    use_rationales: bool,
+) -> TrainSet:
+    def open_train(task: str) -> CachedTask | None:
+        return open_task(cache_dir, index, name, task, vocabulary, settings)
+
+    cached = open_train(LABEL_TASK)
+    label = cached.split("train")
+    counts = {task_name(name, LABEL_TASK): cached.counts["train"]}
+    entry = np.full(len(label.rows), -1, np.int64)
+    tables = None
+    cached = open_train(RATIONALE_TASK) if use_rationales else None
+    if cached is not None and "train" in cached.counts:
+        rationale = cached.split("train")
+        counts[task_name(name, RATIONALE_TASK)] = cached.counts["train"]
+        tables = (rationale.inputs, rationale.targets)
+        place = np.searchsorted(rationale.rows, label.rows)
+        place = np.minimum(place, len(rationale.rows) - 1)
+        entry = np.where(rationale.rows[place] == label.rows, place, -1)
+    return TrainSet(
+        name=name,
+        index=index,
+        label=(label.inputs, label.targets),
+        rationale=tables,
+        rationale_entry=entry,
+        rows=label.rows,
+        num_unlabelled=index.counts[name]["train"]["examples"] - len(label.rows),
+        counts=counts,
+    )
+
+
+def _rates(config: DataConfig, train_sets: list[TrainSet]) -> tuple[float, ...]:
+    names = [train_set.name for train_set in train_sets]
+    if config.mixture_rates is None:
+        return tuple(float(len(train_set.rows)) for train_set in train_sets)
+    if sorted(config.mixture_rates) != sorted(names):
+        raise InputError(
+            f"mixture_rates names {', '.join(sorted(config.mixture_rates)) or 'nothing'}; expected "
+            f"exactly the datasets that have train examples: {', '.join(names)}"
+        )
+    return tuple(float(config.mixture_rates[name]) for name in names)

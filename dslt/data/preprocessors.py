@@ -1,0 +1,75 @@
+"""What a Task does to a record: which text it learns, and the SeqIO steps to tokens.
+
+May import SeqIO and TensorFlow, `dslt.records` and `dslt.data.token_cache`.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from dslt.data.token_cache import LABEL_TASK, TaskSettings, target_text
+from dslt.records import Example
+
+CHUNK_EXAMPLES = 1024  # texts handed to TensorFlow at a time: one by one is ten times slower
+
+TEXT_FEATURES = {
+    "inputs": tf.TensorSpec([None], tf.string),
+    "targets": tf.TensorSpec([None], tf.string),
+    "id": tf.TensorSpec([None], tf.string),
+    "row": tf.TensorSpec([None], tf.int64),
+    "answer_form": tf.TensorSpec([None], tf.string),
+}
+
+
+def text_dataset(
+    read: Callable[[], Iterable[Example]],
+    dataset: str,
+    split: str,
+    task: str,
+    settings: TaskSettings,
+) -> tf.data.Dataset:
+    """The texts of one Task and split in the order of the records; `row` counts all records."""
+
+    def chunks() -> Iterator[dict]:
+        rows = []
+        for row, example in enumerate(read()):
+            if (example.dataset, example.split) != (dataset, split):
+                continue
+            targets = target_text(example, task, settings)
+            if targets is not None:
+                rows.append((example.input, targets, example.id, row, example.answer_form))
+            if len(rows) == CHUNK_EXAMPLES:
+                yield _columns(rows)
+                rows = []
+        if rows:
+            yield _columns(rows)
+
+    return tf.data.Dataset.from_generator(chunks, output_signature=TEXT_FEATURES).unbatch()
+
+
+def task_preprocessors(task: str, settings: TaskSettings) -> list[Callable]:
+    """Prefix, tokens, and an EOS that outlives truncation."""
+    is_label = task == LABEL_TASK
+    prefix = settings.input_prefix_label if is_label else settings.input_prefix_rationale
+    return [
+        functools.partial(add_prefix, prefix=prefix),
+        seqio.preprocessors.tokenize,
+        seqio.preprocessors.append_eos_after_trim,
+    ]
+
+
+@seqio.map_over_dataset
+def add_prefix(example: dict, prefix: str) -> dict:
+    """Puts the task's prefix before `inputs`."""
+    return {**example, "inputs": tf.strings.join([prefix, example["inputs"]])}
+
+
+def _columns(rows: list[tuple]) -> dict:
+    columns = zip(*rows, strict=True)
+    return {
+        name: np.array(column, np.int64) if spec.dtype == tf.int64 else list(column)
+        for (name, spec), column in zip(TEXT_FEATURES.items(), columns, strict=True)
+    }

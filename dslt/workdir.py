@@ -1,0 +1,192 @@
+"""A run's directory: it alone reproduces the run.
+
+May import the standard library, numpy and tensorboardX (no TensorFlow, no JAX).
+
+    RUN/config.gin          the operative config, every default included
+    RUN/run.json            versions, commit, data digests, devices, state of the run
+    RUN/student.json        how to speak to the student: prefixes and lengths
+    RUN/vocabulary/         a copy of the vocabulary
+    RUN/metrics.jsonl       a row each `log_every_steps`; the same numbers as TensorBoard events
+    RUN/checkpoints/        the latest few, with optimizer state
+    RUN/evaluations.jsonl   a row each evaluated checkpoint
+    RUN/evaluations/STEP/   predictions.jsonl and metrics.json
+    RUN/best/               parameters of the best checkpoint on validation
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+from dslt import __version__
+from dslt.errors import InputError
+
+_VERSIONED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.gin"
+
+    @property
+    def info(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student.json"
+
+    @property
+    def vocabulary(self) -> Path:
+        return self.path / "vocabulary"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    def evaluation(self, step: int) -> Path:
+        """The directory of one checkpoint's predictions."""
+        return self.path / "evaluations" / str(step)
+
+    def update_info(self, **fields) -> None:
+        """Sets fields of run.json and keeps the others."""
+        found = read_json(self.info) if self.info.exists() else {}
+        write_json(self.info, found | fields)
+
+    def is_finished(self) -> bool:
+        """Whether training has taken its last step."""
+        return self.info.exists() and read_json(self.info).get("state") == "finished"
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentFormat:
+    """How to speak to a student: what its inputs begin with and how long they may be, in tokens.
+
+    The defaults are those of DataConfig, for students that come without a student.json.
+    """
+
+    input_prefix_label: str = "predict: "
+    input_prefix_rationale: str = "explain: "
+    max_input_length: int = 1024
+    max_target_length: int = 256
+
+    @classmethod
+    def read(cls, path: Path) -> "StudentFormat":
+        """Raises InputError where the file has other fields."""
+        found = read_json(path)
+        expected = {field.name for field in dataclasses.fields(cls)}
+        if found.keys() != expected:
+            raise InputError(
+                f"{path}: found the fields {sorted(found)}, expected {sorted(expected)}"
+            )
+        return cls(**found)
+
+    def write(self, path: Path) -> None:
+        """Writes JSON."""
+        write_json(path, dataclasses.asdict(self))
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl and the same numbers to TensorBoard event files."""
+
+    def __init__(self, run: RunDir, first_step: int):
+        """Rows from `first_step` on, left by a run that stopped later than its checkpoint, go."""
+        from tensorboardX import SummaryWriter  # 0.3 s that `dslt --help` does not pay
+
+        keep = [row for row in read_json_rows(run.metrics) if row["step"] < first_step]
+        write_json_rows(run.metrics, keep)
+        self._file = run.metrics.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(run.path), purge_step=first_step or None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One row; both files are flushed."""
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._file.close()
+        self._events.close()
+
+
+def environment() -> dict:
+    """Versions that a result depends on, and the commit if the package runs from a checkout."""
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED_PACKAGES}
+    return {
+        "dslt": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_json(path: Path) -> dict:
+    """Raises InputError where the file is missing or no JSON object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return found
+
+
+def write_json(path: Path, value: dict) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json_rows(path: Path) -> list[dict]:
+    """The rows of a file that only this package writes; none where it does not exist.
+
+    A last line without its newline was cut off by a kill and is left out.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_json_rows(path: Path, rows: list[dict]) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
