@@ -10,6 +10,7 @@ is silently ignored, a mistyped parameter is an error. Overrides need no imports
 
 import dataclasses
 import difflib
+import logging
 import types
 import typing
 from collections.abc import Sequence
@@ -70,31 +71,34 @@ def parse(files: Sequence[str], overrides: Sequence[str] = ()) -> Configs:
     """
     gin.clear_config()
     gin.add_config_file_search_path(str(gin_directory()))
-    bindings = [OVERRIDE_HEADER, *overrides] if overrides else []
+    logging.disable(logging.ERROR)  # gin logs each place where a file is not, then finds it
     # gin raises its own and Python's errors alike; each text names file and line.
     try:
-        gin.parse_config_files_and_bindings(list(files), bindings)
+        gin.parse_config([OVERRIDE_HEADER, *_defaults()])
+        gin.parse_config_files_and_bindings(list(files), [OVERRIDE_HEADER, *overrides])
     except (OSError, ImportError, ValueError, TypeError, LookupError, SyntaxError) as error:
         raise InputError(f"{error}{_shipped(error)}") from None
     except AttributeError as error:
         raise InputError(f"{error}. Expected one of: {', '.join(_names())}") from None
+    finally:
+        logging.disable(logging.NOTSET)
     built = {}
     for field in dataclasses.fields(Configs)[:-1]:
+        check_types(field.type, gin.get_bindings(field.type))
         try:
             built[field.name] = gin.get_configurable(field.type)()
-        except (TypeError, ValueError) as error:
+        except ValueError as error:  # what the config's own checks found; gin adds lines to it
             raise InputError(str(error).splitlines()[0]) from None
-        check_types(built[field.name])
     return Configs(**built, text=gin.operative_config_str())
 
 
 def check_run(run: RunDir, configs: Configs) -> None:
-    """Holds the config against that of an existing run's directory.
+    """Holds the config against that of a run which has trained already.
 
     Raises:
       InputError: the directory is of a run with another config; the difference is shown.
     """
-    if not run.config.exists():
+    if not run.has_checkpoints():
         return
     found = run.config.read_text(encoding="utf-8").splitlines()
     difference = difflib.unified_diff(
@@ -109,14 +113,13 @@ def check_run(run: RunDir, configs: Configs) -> None:
         )
 
 
-def check_types(config) -> None:
-    """Raises InputError for the first field whose value is not of its annotated type."""
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        if not _fits(value, hint):
-            shown = getattr(hint, "__name__", None) or str(hint)
-            raise InputError(f"{type(config).__name__}.{field.name} is {value!r}; expected {shown}")
+def check_types(config_type: type, values: dict) -> None:
+    """Raises InputError for the first value that is not of its field's annotated type."""
+    hints = typing.get_type_hints(config_type)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            expected = getattr(hints[name], "__name__", None) or str(hints[name])
+            raise InputError(f"{config_type.__name__}.{name} is {value!r}; expected {expected}")
 
 
 def _fits(value, hint) -> bool:
@@ -136,9 +139,19 @@ def _fits(value, hint) -> bool:
 
 
 def _names() -> list[str]:
+    """How gin files call the configs: `train.TrainConfig` and so on."""
     return [
         f"{field.type.__module__.rpartition('.')[2]}.{field.type.__name__}"
         for field in dataclasses.fields(Configs)[:-1]
+    ]
+
+
+def _defaults() -> list[str]:
+    """A binding for each default: gin knows a class, and reports its values, once it is bound."""
+    return [
+        f"{name}.{entry.name} = {entry.default!r}"
+        for name, field in zip(_names(), dataclasses.fields(Configs)[:-1], strict=True)
+        for entry in dataclasses.fields(field.type)
     ]
 
 

@@ -234,13 +234,13 @@ def best_row(rows: Sequence[dict]) -> dict | None:
 
 
 def describe(values: dict) -> str:
-    """One line: `step 1000: validation 71.3 % (80), test 70.5 % (200)`."""
+    """One line: `step 1000: test 70.5 % of 200, validation 71.3 % of 80`; no step, no prefix."""
     splits = [name.removesuffix("/accuracy") for name in values if name.endswith("/accuracy")]
     shown = [
-        f"{split} {100 * values[f'{split}/accuracy']:.1f} % ({values[f'{split}/examples']})"
+        f"{split} {100 * values[f'{split}/accuracy']:.1f} % of {values[f'{split}/examples']}"
         for split in splits
     ]
-    return f"step {values['step']}: " + ", ".join(shown)
+    return (f"step {values['step']}: " if "step" in values else "") + ", ".join(shown)
 
 
 def _unjudged_steps(run: RunDir, poll_secs: float | None) -> Iterator[int]:

@@ -208,9 +208,13 @@ def train(args) -> None:
 
 def open_train_stream(run, configs) -> tuple:
     """The batches of a run and its vocabulary, which is copied into the run's directory."""
-    from dslt.data.pipeline import TrainStream, open_vocabulary
+    from dslt.data.pipeline import TrainStream, make_vocabulary
+    from dslt.data.vocabulary import load_vocabulary
 
-    vocabulary = open_vocabulary(configs.data, run.vocabulary)
+    if run.has_checkpoints():
+        vocabulary = load_vocabulary(run.vocabulary)
+    else:
+        vocabulary = make_vocabulary(configs.data, run.vocabulary)
     if vocabulary.size > configs.model.vocab_size:
         raise InputError(
             f"the vocabulary {configs.data.vocabulary!r} has {vocabulary.size:,} ids, but "
@@ -439,6 +443,10 @@ def student_files(path) -> tuple:
     from dslt.checkpoint.student import is_hugging_face
     from dslt.workdir import RunDir, StudentFormat
 
+    if not path.is_dir():
+        raise InputError(
+            f"{path}: is no directory; expected a run's, a checkpoint's or a Hugging Face model's"
+        )
     if is_hugging_face(path):
         root, vocabulary = path, path
     else:

@@ -24,6 +24,7 @@ from dslt.core.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
 from dslt.core.train_step import StepMetrics, TrainState, init_state, train_step
+from dslt.errors import InputError
 from dslt.workdir import MetricsWriter, RunDir
 
 
@@ -55,12 +56,12 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.rationale_weight < 0:
-            raise ValueError(
+            raise InputError(
                 f"TrainConfig.rationale_weight is {self.rationale_weight}; expected 0 or more"
             )
         for field in ("num_steps", "accumulation_steps", "save_every_steps", "log_every_steps"):
             if getattr(self, field) < 1:
-                raise ValueError(f"TrainConfig.{field} is {getattr(self, field)}; expected >= 1")
+                raise InputError(f"TrainConfig.{field} is {getattr(self, field)}; expected >= 1")
 
 
 def train(
@@ -163,6 +164,7 @@ def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, sta
         clip_norm=optimizer_config.clip_norm,
         seed=config.seed,
         accumulation_steps=config.accumulation_steps,
+        mesh=mesh,
     )
     return jax.jit(
         step,

@@ -73,6 +73,11 @@ class RunDir:
         found = read_json(self.info) if self.info.exists() else {}
         write_json(self.info, found | fields)
 
+    def has_checkpoints(self) -> bool:
+        """Whether there is something to resume; until then the run may begin anew."""
+        steps = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return any(step.name.isdigit() for step in steps)
+
     def is_finished(self) -> bool:
         """Whether training has taken its last step."""
         return self.info.exists() and read_json(self.info).get("state") == "finished"

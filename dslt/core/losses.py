@@ -29,7 +29,7 @@ class RoleSums(NamedTuple):
 def role_weights(batch: Batch) -> jax.Array:
     """[2, B, T] float32: the loss weights of label tokens and of rationale tokens."""
     roles = jnp.stack([batch.decoder_loss_roles == role for role in (ROLE_LABEL, ROLE_RATIONALE)])
-    return roles * batch.decoder_loss_weights
+    return roles * batch.decoder_loss_weights[None]
 
 
 def sum_by_role(logits: jax.Array, batch: Batch) -> RoleSums:
@@ -57,5 +57,5 @@ def combine(nll: jax.Array, tokens: jax.Array, rationale_weight: float) -> jax.A
     A role without tokens contributes 0. The authors' code mixes `α·L_label + (1−α)·L_rationale`:
     λ = (1−α)/α, and its scale is α times this one's.
     """
-    means = nll / jnp.maximum(tokens, 1.0)
+    means = nll / jnp.where(tokens > 0, tokens, 1.0)  # weights below 1 may sum to less than 1
     return means[0] + rationale_weight * means[1]

@@ -4,12 +4,15 @@ Rows of a batch are split over data and fsdp. A matrix is split over fsdp along 
 and over tensor along its heads, hidden units or vocabulary. Optimizer state follows its parameter.
 """
 
+import contextlib
 import dataclasses
 import math
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dslt.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -47,16 +50,16 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (all by default). Raises ValueError where the counts do not fit."""
+    """A mesh over `devices` (all by default). Raises InputError where the counts do not fit."""
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     given = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise ValueError(f"{config}: expected positive sizes, and -1 at most once")
+        raise InputError(f"{config}: expected positive sizes, and -1 at most once")
     if -1 in sizes and len(devices) % given == 0:
         sizes[sizes.index(-1)] = len(devices) // given
     if math.prod(sizes) != len(devices):
-        raise ValueError(
+        raise InputError(
             f"{config} asks for {given} devices (times any -1), but there are {len(devices)}; "
             "choose sizes whose product is the device count"
         )
@@ -73,6 +76,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def inside(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Traced in it, `split_rows` and `gather_width` place over this mesh; None does nothing."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Keeps the rows of an activation [B, ...] over data and fsdp; x itself outside of `inside`.
+
+    Without it XLA follows the parameters' split along D instead, computes all rows on every fsdp
+    device and sums the partial activations: 6.0 GB a device in place of 2.2 GB for a small T5 with
+    64 rows at fsdp=8, and logits of the whole batch on the wire.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), *others))
+
+
+def gather_width(table: jax.Array) -> jax.Array:
+    """A table [V, D] whole along D, before a look-up of split rows; itself outside of `inside`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return table
+    return jax.lax.with_sharding_constraint(table, PartitionSpec("tensor", None))
+
+
 def row_multiple(mesh: Mesh, accumulation_steps: int = 1) -> int:
     """A batch's rows must be a multiple of this; `batch.pad_rows` makes them so."""
     return mesh.shape["data"] * mesh.shape["fsdp"] * accumulation_steps
@@ -81,16 +109,38 @@ def row_multiple(mesh: Mesh, accumulation_steps: int = 1) -> int:
 def state_shardings(mesh: Mesh, state):
     """A NamedSharding for each leaf of a TrainState (or of parameters alone).
 
-    Optimizer leaves are found by the path of the parameter that they belong to; what has another
-    shape (Adafactor's factored moments, counters) is replicated.
+    An optimizer leaf is placed as the parameter of its path and shape; what has another shape
+    (Adafactor's factored moments, counters) is replicated.
+
+    Raises:
+      InputError: a parameter has no line in PARTITION_RULES.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _partition(mesh, path, leaf.shape)), state
+    params = jax.tree_util.tree_leaves_with_path(getattr(state, "params", state))
+    specs = {
+        (_names(path), leaf.shape): _partition(mesh, path, leaf.shape) for path, leaf in params
+    }
+
+    def place(path, leaf):
+        names = _names(path)
+        for start in range(len(names)):
+            if (names[start:], leaf.shape) in specs:
+                return NamedSharding(mesh, specs[names[start:], leaf.shape])
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def with_shardings(mesh: Mesh, abstract):
+    """`jax.ShapeDtypeStruct`s of a TrainState (or of parameters alone), each with its sharding."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract,
+        state_shardings(mesh, abstract),
     )
 
 
 def _partition(mesh: Mesh, path, shape: tuple[int, ...]) -> PartitionSpec:
-    names = tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
+    names = _names(path)
     for suffix, axes in PARTITION_RULES.items():
         if names[-len(suffix) :] == suffix and len(shape) in (len(axes), len(axes) + 1):
             axes = (None,) * (len(shape) - len(axes)) + axes
@@ -100,4 +150,12 @@ def _partition(mesh: Mesh, path, shape: tuple[int, ...]) -> PartitionSpec:
                 for axis, dim in zip(axes, shape, strict=True)
             )
             return PartitionSpec(*fits)
-    return PartitionSpec()
+    raise InputError(
+        f"parameter {'/'.join(names)} of shape {shape} matches no partition rule; add a line to "
+        "PARTITION_RULES in dslt/core/sharding.py"
+    )
+
+
+def _names(path) -> tuple[str, ...]:
+    """The dictionary keys of a tree path: a parameter's name, whatever optax wraps around it."""
+    return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dslt.core.batch import PAD_ID, Batch
+from dslt.core.sharding import gather_width, split_rows
+from dslt.errors import InputError
 
 MASKED = -1e9  # finite, so that a row of padding has a softmax too
 
@@ -65,17 +67,17 @@ class T5Config:
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(
+            raise InputError(
                 f"T5Config.dtype is {self.dtype!r}; expected 'float32' or 'bfloat16' (T5's "
                 "feed-forward overflows float16)"
             )
         if self.feed_forward_proj not in ("gated-gelu", "relu"):
-            raise ValueError(
+            raise InputError(
                 f"T5Config.feed_forward_proj is {self.feed_forward_proj!r}; expected 'gated-gelu' "
                 "or 'relu'"
             )
         if not 0.0 <= self.dropout_rate < 1.0:
-            raise ValueError(
+            raise InputError(
                 f"T5Config.dropout_rate is {self.dropout_rate}; expected 0 <= rate < 1"
             )
 
@@ -147,7 +149,7 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(x.dtype)
         weights = dropout(weights, self.dropout_rate, dropout_key)
         mixed = jnp.einsum("bhqn,bnhk->bqhk", weights, values)
-        return jnp.einsum("bqhk,hkd->bqd", mixed, self.out[...].astype(x.dtype))
+        return _project(mixed, self.out, num_contracted=2)
 
 
 class FeedForward(nnx.Module):
@@ -166,11 +168,10 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x, dropout_key=None):
         if self.is_gated:
-            gate = jax.nn.gelu(x @ self.wi_0[...].astype(x.dtype), approximate=True)
-            hidden = gate * (x @ self.wi_1[...].astype(x.dtype))
+            hidden = jax.nn.gelu(_project(x, self.wi_0), approximate=True) * _project(x, self.wi_1)
         else:
-            hidden = jax.nn.relu(x @ self.wi[...].astype(x.dtype))
-        return dropout(hidden, self.dropout_rate, dropout_key) @ self.wo[...].astype(x.dtype)
+            hidden = jax.nn.relu(_project(x, self.wi))
+        return _project(dropout(hidden, self.dropout_rate, dropout_key), self.wo)
 
 
 class EncoderLayer(nnx.Module):
@@ -223,7 +224,7 @@ class DecoderLayer(nnx.Module):
         return self._after_self_attention(x, memory, cross_mask, keys[2:])
 
     def step(self, x, cache: KVCache, bias, cross_mask, index):
-        """One position with a cache of this layer: [B, 1, D] to [B, 1, D] and the cache written."""
+        """One position with a cache of this layer: [B, 1, D], and its self keys and values."""
         normed = self.self_attention_norm(x)
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(cached, new, index, axis=1)
@@ -235,7 +236,7 @@ class DecoderLayer(nnx.Module):
         x = x + self.self_attention.attend(normed, keys, values, bias, mask)
         memory = cache.cross_keys, cache.cross_values
         x = self._after_self_attention(x, memory, cross_mask, _split(None, 4))
-        return x, cache._replace(self_keys=keys, self_values=values)
+        return x, (keys, values)
 
     def _after_self_attention(self, x, memory, cross_mask, keys):
         normed = self.cross_attention_norm(x)
@@ -271,7 +272,7 @@ class Stack(nnx.Module):
 
         def run_layer(x, layer):
             layer_params, key = layer
-            return nnx.merge(graphdef, layer_params)(x, *layer_inputs, key), None
+            return split_rows(nnx.merge(graphdef, layer_params)(x, *layer_inputs, key)), None
 
         if self.config.remat:
             run_layer = jax.checkpoint(run_layer, prevent_cse=False)
@@ -287,8 +288,9 @@ class Stack(nnx.Module):
             layer_params, layer_cache = layer
             return nnx.merge(graphdef, layer_params).step(x, layer_cache, bias, cross_mask, index)
 
-        x, cache = jax.lax.scan(run_layer, x, (params, cache), unroll=self.config.scan_unroll)
-        return self.final_norm(x), cache
+        unroll = self.config.scan_unroll
+        x, (keys, values) = jax.lax.scan(run_layer, x, (params, cache), unroll=unroll)
+        return self.final_norm(x), cache._replace(self_keys=keys, self_values=values)
 
 
 class T5(nnx.Module):
@@ -362,7 +364,8 @@ class T5(nnx.Module):
 
     def embed(self, tokens):
         """[B, N] int32 to [B, N, D]."""
-        return jnp.take(self.token_embedding[...], tokens, axis=0).astype(self.config.dtype)
+        embedded = jnp.take(gather_width(self.token_embedding[...]), tokens, axis=0)
+        return split_rows(embedded.astype(self.config.dtype))
 
     def logits(self, hidden):
         """[B, N, D] to [B, N, V] float32."""
@@ -372,7 +375,8 @@ class T5(nnx.Module):
             weight = self.token_embedding[...].T
         else:
             weight = self.lm_head[...]
-        return jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        weight = weight.astype(hidden.dtype)
+        return split_rows(jnp.matmul(hidden, weight, preferred_element_type=jnp.float32))
 
 
 def init_params(config: T5Config, seed: int) -> tuple[nnx.GraphDef, dict]:
@@ -424,10 +428,15 @@ def relative_position_bucket(distances, bidirectional: bool, num_buckets: int, m
         distance = jnp.abs(distances)
     else:
         distance = jnp.maximum(-distances, 0)
+    # Where the buckets after the first start, as integers: the logarithm of the released models,
+    # float32 on the device, rounds differently on each kind of accelerator.
     num_exact = num_buckets // 2
-    ratio = jnp.log(jnp.maximum(distance, 1) / num_exact) / math.log(max_distance / num_exact)
-    far = num_exact + (ratio * (num_buckets - num_exact)).astype(jnp.int32)
-    return offset + jnp.where(distance < num_exact, distance, jnp.minimum(far, num_buckets - 1))
+    growth = (max_distance / num_exact) ** (1 / (num_buckets - num_exact))
+    far_starts = [
+        math.ceil(num_exact * growth**step - 1e-6) for step in range(1, num_buckets - num_exact)
+    ]
+    starts = jnp.array([*range(1, num_exact + 1), *far_starts])
+    return offset + (distance[..., None] >= starts).sum(-1)
 
 
 def dropout(x, rate: float, key):
@@ -438,17 +447,45 @@ def dropout(x, rate: float, key):
     """
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    keep = _hashed_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def _hashed_bits(key, shape: tuple[int, ...]):
+    """Random uint32 for dropout: each entry's index, hashed with the key's two words.
+
+    `jax.random.bits` spends a threefry block on each entry, which on a CPU is most of a train step;
+    a mask needs less. As there, the bits depend on key and shape alone, not on the sharding.
+
+    Source: the finaliser of MurmurHash3 (Appleby, public domain), twice.
+    """
+    first, second = jax.random.key_data(key)
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        index = index * jnp.uint32(shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return _mix(_mix(index ^ first) + second)
+
+
+def _mix(x):
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape))
 
 
-def _project(x, weight: nnx.Param):
-    """[B, N, D] by a weight [D, H, K] to [B, N, H, K]."""
-    return jnp.einsum("bnd,dhk->bnhk", x, weight[...].astype(x.dtype))
+def _project(x, weight: nnx.Param, num_contracted: int = 1):
+    """x [B, N, ...] by a weight whose first `num_contracted` dimensions are x's last: [B, N, ...].
+
+    Written as one product of matrices: the gradient of a three-dimensional product transposes its
+    operands on a CPU, and the feed-forward's backward then takes four times as long.
+    """
+    weight = weight[...].astype(x.dtype)
+    contracted, kept = weight.shape[:num_contracted], weight.shape[num_contracted:]
+    matrix = weight.reshape(math.prod(contracted), math.prod(kept))
+    return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[:2], *kept)
 
 
 def _split(key, num: int):

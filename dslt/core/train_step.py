@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dslt.core import losses
+from dslt.core import losses, sharding
 from dslt.core.batch import Batch
+from dslt.errors import InputError
 
 
 class TrainState(NamedTuple):
@@ -51,6 +52,7 @@ def train_step(
     clip_norm: float,
     seed: int,
     accumulation_steps: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Takes one update.
 
@@ -62,15 +64,26 @@ def train_step(
       clip_norm: of the global gradient; 0 turns clipping off.
       seed: dropout keys are folded from it and the step.
       accumulation_steps: microbatches that the rows are dealt to, one after the other in memory.
+      mesh: what the state and the batch are placed on; None on one device.
 
     Returns:
       The state after the step (`step` one higher) and what to log.
+
+    Raises:
+      InputError: the rows cannot be dealt out evenly.
     """
+    rows = batch.decoder_target_tokens.shape[0]
+    if rows % accumulation_steps:
+        raise InputError(
+            f"{rows} rows cannot be dealt to {accumulation_steps} microbatches; pad the batch with "
+            "`pad_rows` to a multiple"
+        )
     tokens = losses.role_weights(batch).sum((1, 2))  # of the whole global batch, before the split
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def microbatch_loss(params, microbatch, key):
-        logits = nnx.merge(graphdef, params)(microbatch, key)
+        with sharding.inside(mesh):
+            logits = nnx.merge(graphdef, params)(microbatch, key)
         sums = losses.sum_by_role(logits, microbatch)
         return losses.combine(sums.nll, tokens, rationale_weight), sums
 
@@ -81,7 +94,7 @@ def train_step(
         (loss, sums), grads = _accumulate(
             gradient, state.params, batch, step_key, accumulation_steps
         )
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     if clip_norm:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / (grad_norm + 1e-12)), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

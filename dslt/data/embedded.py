@@ -115,34 +115,24 @@ def _make_facts(
 ) -> tuple[str, str]:
     """`premise: ann has a red ball . ... hypothesis: ann has a blue ball .` and its label.
 
-    The hypothesis is drawn before the label is looked at, so it says nothing about the label. What
-    it names is spread over the other facts too: a neutral problem states the name with another
-    object, or the object with another name, so that only who has what in which colour decides.
+    The hypothesis is drawn before the label is looked at, so it says nothing about the label. Every
+    fact is of another name, and the hypothesis is of one of them: that fact decides. A neutral
+    problem states another object of that name. The other facts are drawn freely, so a word of the
+    hypothesis may stand in them too, and which words occur does not decide all problems.
     """
     label = NLI_LABELS[row % len(NLI_LABELS)]
-    name, colour, thing = rng.choice(NAMES), rng.choice(COLOURS), rng.choice(OBJECTS)
+    names = rng.sample(NAMES, number_of_facts)
+    colour, thing = rng.choice(COLOURS), rng.choice(OBJECTS)
+    facts = [(name, rng.choice(COLOURS), rng.choice(OBJECTS)) for name in names]
     if label == "entailment":
-        facts = [(name, colour, thing)]
+        facts[0] = (names[0], colour, thing)
     elif label == "contradiction":
-        facts = [(name, _other(rng, COLOURS, colour), thing)]
-    elif rng.random() < 0.5:
-        facts = [(name, rng.choice(COLOURS), _other(rng, OBJECTS, thing))]
+        facts[0] = (names[0], _other(rng, COLOURS, colour), thing)
     else:
-        facts = [(_other(rng, NAMES, name), rng.choice(COLOURS), thing)]
-    while len(facts) < number_of_facts:
-        # By which of its words occur in the facts alone, three facts decide 73 % of the problems
-        # and four decide 66 %; the rest needs who has what.
-        distractor = (
-            _mostly_other(rng, NAMES, name),
-            _mostly_other(rng, COLOURS, colour),
-            _mostly_other(rng, OBJECTS, thing),
-        )
-        pairs = {(fact[0], fact[2]) for fact in facts} | {(name, thing)}
-        if (distractor[0], distractor[2]) not in pairs:
-            facts.append(distractor)
+        facts[0] = (names[0], rng.choice(COLOURS), _other(rng, OBJECTS, thing))
     rng.shuffle(facts)
     premise = " ".join(f"{who} has a {what} {which} ." for who, what, which in facts)
-    return nli_input(premise, f"{name} has a {colour} {thing} ."), label
+    return nli_input(premise, f"{names[0]} has a {colour} {thing} ."), label
 
 
 def _make_choice(rng: random.Random, row: int, split: str) -> tuple[str, str]:
@@ -201,8 +191,3 @@ def _make_sums(rng: random.Random, row: int, split: str) -> tuple[str, str]:
 def _other(rng: random.Random, words: tuple[str, ...], word: str) -> str:
     """One of `words`, never `word`."""
     return rng.choice([candidate for candidate in words if candidate != word])
-
-
-def _mostly_other(rng: random.Random, words: tuple[str, ...], word: str) -> str:
-    """`word` itself in one draw of four, else one of the others."""
-    return word if rng.random() < 0.25 else _other(rng, words, word)

@@ -4,7 +4,7 @@ May import numpy, `dslt.records`, `dslt.core.batch` and the data wing; on a buil
 neither SeqIO nor TensorFlow is imported.
 
     config = DataConfig(records=("svamp.jsonl",), vocabulary="spiece.model", batch_examples=64)
-    vocabulary = open_vocabulary(config, keep_in="runs/svamp/vocabulary")
+    vocabulary = make_vocabulary(config, keep_in="runs/svamp/vocabulary")
     stream = TrainStream(config, vocabulary, seed=0, use_rationales=True)
     for batch in stream.batches(start_step=1000):
         ...
@@ -303,14 +303,9 @@ class TrainStream:
         return f"{train_set.name}/{train_set.index.example_id(row)}"
 
 
-def open_vocabulary(config: DataConfig, keep_in: str | os.PathLike) -> Vocabulary:
-    """The vocabulary of a run, opened or trained, and copied into its directory.
-
-    A vocabulary that is in `keep_in` already goes first: a resumed run speaks as it began.
-    """
+def make_vocabulary(config: DataConfig, keep_in: str | os.PathLike) -> Vocabulary:
+    """The vocabulary of a new run, opened or trained, and copied into its directory."""
     keep_in = Path(keep_in)
-    if keep_in.is_dir():
-        return load_vocabulary(keep_in)
     kind, _, size = config.vocabulary.partition(":")
     if kind == "train":
         if not size.isdecimal():

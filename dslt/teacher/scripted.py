@@ -4,8 +4,7 @@ May import dslt.records and dslt.errors. It sees the input alone, never the gold
 knows of animals is its own: a test holds it against the problems.
 
     complete(example)
-    # "ann has a red ball . the hypothesis says blue . red is not blue . So the answer is
-    #  contradiction."
+    # "ann has a red ball . red is not blue . So the answer is contradiction."
 """
 
 import random
@@ -98,39 +97,35 @@ def complete(example: Example, *, mistake_rate: float = 0.0, seed: int = 0) -> s
 
 
 def _explain_facts(text: str, is_mistaken: bool, rng: random.Random) -> str | None:
-    """Repeats the fact that matters, compares it with the hypothesis, and answers."""
+    """Repeats the fact that matters, compares what differs first, and answers."""
     premise, _, hypothesis = text.partition(" hypothesis: ")
     facts, claims = _FACT.findall(premise), _FACT.findall(hypothesis)
     if not facts or len(claims) != 1:
         return None
     name, colour, thing = claims[0]
+    stated = {who: (what, which) for who, what, which in facts}
+    if name not in stated:
+        return None
+    what, which = stated[name]
     if is_mistaken:
-        facts = _misread(facts, claims[0], rng)
-    for who, what, which in facts:
-        if (who, which) == (name, thing):
-            label = "entailment" if what == colour else "contradiction"
-            compared = f"{what} is {'' if what == colour else 'not '}{colour} ."
-            said = f"{who} has a {what} {which} . the hypothesis says {colour} . {compared}"
-            return f"{said} So the answer is {label}."
-    said = [f"{who} has a {what} {which} ." for who, what, which in facts if who == name]
-    said += [f"{which} is not {thing} ." for who, _, which in facts if who == name]
-    said = said or [f"no fact is about {name} ."]
-    said.append(f"nothing says that {name} has a {thing} .")
-    return f"{' '.join(said)} So the answer is neutral."
+        what, which = _misread((what, which), (colour, thing), rng)
+    if which != thing:
+        label, compared = "neutral", f"{which} is not {thing} ."
+    elif what != colour:
+        label, compared = "contradiction", f"{what} is not {colour} ."
+    else:
+        label, compared = "entailment", f"{what} is {colour} ."
+    return f"{name} has a {what} {which} . {compared} So the answer is {label}."
 
 
-def _misread(facts: list[tuple], claim: tuple, rng: random.Random) -> list[tuple]:
-    """The facts as a careless reader has them: one is changed so that the label changes."""
-    name, colour, thing = claim
-    for index, (who, what, which) in enumerate(facts):
-        if (who, which) == (name, thing):
-            seen = sorted({fact[1] for fact in facts} - {what})
-            wrong = colour if what != colour else rng.choice(seen) if seen else None
-            if wrong is None or rng.random() < 0.5:
-                return facts[:index] + facts[index + 1 :]
-            return facts[:index] + [(who, wrong, which)] + facts[index + 1 :]
-    index = rng.randrange(len(facts))
-    return facts[:index] + [(name, facts[index][1], thing)] + facts[index + 1 :]
+def _misread(stated: tuple, claimed: tuple, rng: random.Random) -> tuple[str, str]:
+    """The colour and the object of a fact as a careless reader has them: the label changes."""
+    (what, which), (colour, thing) = stated, claimed
+    if which != thing:  # neutral: taken for the claim itself, or for the object in its own colour
+        return (colour, thing) if what == colour or rng.random() < 0.5 else (what, thing)
+    if what != colour:
+        return colour, which
+    return rng.choice([word for word in ("red", "blue", "green") if word != what]), which
 
 
 def _explain_choice(text: str, is_mistaken: bool, rng: random.Random) -> str | None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE
-from dslt.data.pipeline import TrainStream, eval_inputs, open_vocabulary, train_vocabulary
+from dslt.data.pipeline import TrainStream, eval_inputs, make_vocabulary, train_vocabulary
 from dslt.data.vocabulary import load_vocabulary
 from dslt.errors import InputError
 from dslt.records import Example, write_rows
@@ -274,9 +274,10 @@ def test_an_unknown_or_empty_split_is_an_input_error(config, second_records_path
         eval_inputs(config, "test", vocabulary)
 
 
-def test_a_run_keeps_its_vocabulary_whatever_it_was_named_by(config, tmp_path):
-    kept = open_vocabulary(dataclasses.replace(config, vocabulary="train:90"), tmp_path / "kept")
-    again = open_vocabulary(dataclasses.replace(config, vocabulary="bytes"), tmp_path / "kept")
-    assert again.digest == kept.digest
+def test_a_run_gets_a_copy_of_its_vocabulary(config, vocabulary, tmp_path):
+    made = make_vocabulary(config, tmp_path / "copied")
+    assert made.digest == vocabulary.digest == load_vocabulary(tmp_path / "copied").digest
+    trained = make_vocabulary(dataclasses.replace(config, vocabulary="train:90"), tmp_path / "own")
+    assert load_vocabulary(tmp_path / "own").digest == trained.digest != vocabulary.digest
     with pytest.raises(InputError, match="expected a number of pieces"):
-        open_vocabulary(dataclasses.replace(config, vocabulary="train:x"), tmp_path / "other")
+        make_vocabulary(dataclasses.replace(config, vocabulary="train:x"), tmp_path / "other")

@@ -48,19 +48,13 @@ def problem(dataset, text):
 def test_explanations_repeat_what_matters_and_compare():
     premise = "premise: ann has a red ball . bob has a blue hat . hypothesis:"
     assert complete(problem("facts", f"{premise} ann has a blue ball .")) == (
-        "ann has a red ball . the hypothesis says blue . red is not blue . "
-        "So the answer is contradiction."
+        "ann has a red ball . red is not blue . So the answer is contradiction."
     )
     assert complete(problem("facts", f"{premise} bob has a blue hat .")) == (
-        "bob has a blue hat . the hypothesis says blue . blue is blue . "
-        "So the answer is entailment."
+        "bob has a blue hat . blue is blue . So the answer is entailment."
     )
     assert complete(problem("facts", f"{premise} ann has a blue hat .")) == (
-        "ann has a red ball . ball is not hat . nothing says that ann has a hat . "
-        "So the answer is neutral."
-    )
-    assert complete(problem("facts", f"{premise} eve has a red ball .")) == (
-        "no fact is about eve . nothing says that eve has a ball . So the answer is neutral."
+        "ann has a red ball . ball is not hat . So the answer is neutral."
     )
     assert (
         complete(

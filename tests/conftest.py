@@ -1,0 +1,49 @@
+"""Every test runs on a CPU that poses as eight devices; set before anything imports JAX.
+
+Programs are compiled without LLVM's optimisations, once for all tests: a step then compiles in one
+second instead of six, and what is tested does not run long.
+"""
+
+import os
+import tempfile
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    "--xla_backend_optimization_level": "0",
+    "--xla_cpu_use_fusion_emitters": "false",
+}
+_given = os.environ.get("XLA_FLAGS", "")
+_missing = [f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given]
+os.environ["XLA_FLAGS"] = " ".join([_given, *_missing]).strip()
+_compile_cache = tempfile.TemporaryDirectory(prefix="dslt-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compile_cache.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+@pytest.fixture(scope="session")
+def build_batch():
+    """A function that packs segments by hand: rows of (source, target, role[, weight])."""
+    from dslt.core.batch import empty_batch
+
+    def build(rows, source_length: int, target_length: int):
+        batch = empty_batch(len(rows), source_length, target_length)
+        for row, segments in enumerate(rows):
+            source_end = target_end = 0
+            for segment_id, (source, target, role, *weight) in enumerate(segments, start=1):
+                sources = slice(source_end, source_end := source_end + len(source))
+                targets = slice(target_end, target_end := target_end + len(target))
+                assert source_end <= source_length and target_end <= target_length
+                batch.encoder_input_tokens[row, sources] = source
+                batch.encoder_segment_ids[row, sources] = segment_id
+                batch.decoder_target_tokens[row, targets] = target
+                batch.decoder_segment_ids[row, targets] = segment_id
+                batch.decoder_positions[row, targets] = np.arange(len(target))
+                batch.decoder_loss_roles[row, targets] = role
+                batch.decoder_loss_weights[row, targets] = weight[0] if weight else 1.0
+        return batch
+
+    return build

@@ -1,0 +1,310 @@
+"""The whole job through the command line, on a student that trains in seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dslt.checkpoint.manager import CheckpointManager
+from dslt.data.vocabulary import load_vocabulary
+from dslt.main import main
+from dslt.records import read_examples, read_predictions
+from dslt.workdir import RunDir, read_json, read_json_rows
+
+SMALL = (
+    "t5.T5Config.d_model = 16",
+    "t5.T5Config.d_kv = 8",
+    "t5.T5Config.d_ff = 32",
+    "t5.T5Config.num_heads = 2",
+    "pipeline.DataConfig.batch_examples = 8",
+    "train.TrainConfig.num_steps = 6",
+    "train.TrainConfig.save_every_steps = 3",
+    "train.TrainConfig.log_every_steps = 2",
+    "evaluate.EvalConfig.max_label_length = 8",
+    "evaluate.EvalConfig.max_rationale_length = 16",
+    "evaluate.EvalConfig.with_rationales = True",
+)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("records")
+    sizes = ["--train", "60", "--validation", "12", "--test", "12"]
+    args = ["--dataset", "facts", "--teacher", "scripted", "--mistake_rate", "0.2"]
+    assert main(["extract", *args, *sizes, "--output_dir", str(directory)]) == 0
+    return directory / "records.jsonl"
+
+
+def train_args(records, run_dir, *overrides, method="step_by_step"):
+    bindings = (f"pipeline.DataConfig.records = ({str(records)!r},)", *SMALL, *overrides)
+    gin = [part for binding in bindings for part in ("--gin", binding)]
+    return ["train", f"runs/{method}.gin", "settings/facts.gin", "--run_dir", str(run_dir), *gin]
+
+
+@pytest.fixture(scope="module")
+def run(records, tmp_path_factory):
+    """A trained and evaluated run."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    assert main(train_args(records, directory)) == 0
+    assert main(["evaluate", "--run_dir", str(directory)]) == 0
+    return RunDir(directory)
+
+
+def final_params(run):
+    with CheckpointManager(run.checkpoints, read_only=True) as manager:
+        step = manager.steps()[-1]
+    path = run.checkpoints / str(step)
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(path / "params")
+    return step, jax.tree.map(np.asarray, tree)
+
+
+def test_a_run_directory_says_what_was_done(run, records):
+    info = read_json(run.info)
+    assert info["state"] == "finished"
+    assert list(info["records"]) == [str(records)]
+    assert info["versions"]["jax"] == jax.__version__
+    assert "train.TrainConfig.rationale_weight = 1.0" in run.config.read_text()
+    assert "t5.T5Config.d_model = 16" in run.config.read_text()
+    rows = read_json_rows(run.metrics)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for row in rows:
+        assert row["label_tokens"] > 0 and row["rationale_tokens"] > row["label_tokens"]
+        # The objective is the sum of both losses; the row's is a mean over two steps, whose token
+        # counts differ a little.
+        assert row["loss"] == pytest.approx(row["label_loss"] + row["rationale_loss"], rel=0.05)
+    assert list(run.path.glob("events.out.tfevents*"))
+
+
+def test_evaluation_judges_every_checkpoint_and_keeps_the_best_on_validation(run, records):
+    rows = read_json_rows(run.evaluations)
+    assert [row["step"] for row in rows] == [3, 6]
+    best = max(rows, key=lambda row: (row["validation/accuracy"], -row["step"]))
+    with CheckpointManager(run.best, read_only=True) as manager:
+        assert manager.steps() == [best["step"]]
+    predictions = list(read_predictions(run.evaluation(3) / "predictions.jsonl"))
+    held_out = [e for e in read_examples(records) if e.split != "train"]
+    assert sorted(p.id for p in predictions) == sorted(e.id for e in held_out)
+    assert all(p.rationale is not None and p.is_correct is not None for p in predictions)
+    hits = [p.is_correct for p in predictions if p.split == "validation"]
+    assert rows[0]["validation/accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_evaluating_again_adds_nothing(run, capsys):
+    before = run.evaluations.read_text()
+    assert main(["evaluate", "--run_dir", str(run.path), "--follow"]) == 0
+    assert run.evaluations.read_text() == before
+    assert "best on validation" in capsys.readouterr().out
+
+
+def test_predictions_are_scored_again_without_a_model(run, capsys):
+    path = run.evaluation(6) / "predictions.jsonl"
+    assert main(["evaluate", "--predictions", str(path)]) == 0
+    row = read_json_rows(run.evaluations)[-1]
+    assert f"validation {100 * row['validation/accuracy']:.1f} % of 12" in capsys.readouterr().out
+
+
+def test_training_a_finished_run_again_changes_nothing(run, records, capsys):
+    before = run.metrics.read_text()
+    assert main(train_args(records, run.path)) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+    assert run.metrics.read_text() == before
+
+
+def test_another_config_on_the_same_directory_is_refused_with_the_difference(run, records, capsys):
+    args = train_args(records, run.path, "train.TrainConfig.rationale_weight = 0.25")
+    assert main(args) == 2
+    message = capsys.readouterr().err
+    assert "-train.TrainConfig.rationale_weight = 1.0" in message
+    assert "+train.TrainConfig.rationale_weight = 0.25" in message
+
+
+def test_a_killed_run_resumes_to_the_same_parameters(run, records, tmp_path):
+    """SIGTERM after the first logged step: the run saves; the same command ends as the other."""
+    directory = tmp_path / "run"
+    command = [sys.executable, "-m", "dslt.main", *train_args(records, directory)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    stopped = RunDir(directory)
+    while process.poll() is None and not read_json_rows(stopped.metrics):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 0
+    subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE)
+    step, params = final_params(stopped)
+    expected_step, expected = final_params(run)
+    assert step == expected_step == 6
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    steps = [row["step"] for row in read_json_rows(stopped.metrics)]
+    assert steps == sorted(set(steps)) and steps[-1] == 6
+
+
+def test_export_answers_as_predict_does_and_as_transformers_do(run, records, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    student = tmp_path / "student"
+    assert main(["export", "--student", str(run.path), "--output_dir", str(student)]) == 0
+    answers = {}
+    for source in (run.path, student):
+        capsys.readouterr()
+        args = ["--student", str(source), "--split", "test", "--rationales"]
+        limits = ["--max_label_length", "8", "--max_rationale_length", "8"]
+        assert main(["predict", *args, *limits, str(records)]) == 0
+        answers[source] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers[run.path] == answers[student]
+    assert len(answers[student]) == 12 and answers[student][0]["teacher_rationale"]
+
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(student)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(student)
+    vocabulary = load_vocabulary(student)
+    for row in answers[student]:
+        ids = tokenizer("predict: " + row["input"], return_tensors="pt").input_ids
+        assert ids[0].tolist() == [*vocabulary.encode("predict: " + row["input"]), 1]
+        with torch.no_grad():
+            output = model.generate(ids, max_new_tokens=8, do_sample=False)
+        tokens = [token for token in output[0].tolist()[1:] if token != 1]
+        assert vocabulary.decode(tokens) == row["prediction"]
+
+
+def test_import_and_init_from_start_where_the_export_ended(run, records, tmp_path, capsys):
+    student, imported = tmp_path / "student", tmp_path / "imported"
+    assert main(["export", "--student", str(run.path), "--output_dir", str(student)]) == 0
+    flags = ["--hugging_face", str(student), "--output_dir", str(imported)]
+    assert main(["import", *flags]) == 0
+    capsys.readouterr()
+    answers = []
+    for source in (student, imported):
+        assert main(["predict", "--student", str(source), "--limit", "4", str(records)]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].count("\n") == 4
+    losses = []
+    for source in (student, imported, run.path):
+        directory = tmp_path / f"from_{source.name}"
+        start = (
+            f"train.TrainConfig.init_from = {str(source)!r}",
+            "train.TrainConfig.num_steps = 2",
+        )
+        vocabulary = f"pipeline.DataConfig.vocabulary = {str(student)!r}"
+        assert main(train_args(records, directory, *start, vocabulary)) == 0
+        losses.append(read_json_rows(RunDir(directory).metrics)[0]["loss"])
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_fine_tuning_builds_no_rationales_and_distillation_learns_the_teachers_labels(
+    records, tmp_path, capsys
+):
+    outputs = {}
+    for method in ("fine_tuning", "distillation", "step_by_step_teacher"):
+        directory = tmp_path / method
+        steps = "train.TrainConfig.num_steps = 2"
+        assert main(train_args(records, directory, steps, method=method)) == 0
+        outputs[method] = capsys.readouterr().out
+        row = read_json_rows(RunDir(directory).metrics)[-1]
+        has_rationales = method == "step_by_step_teacher"
+        assert (row["rationale_tokens"] > 0) == ("rationale_loss" in row) == has_rationales
+        assert ("explain: " in outputs[method].split("devices")[1]) == has_rationales
+    assert "DataConfig.label_source = 'gold'" in outputs["fine_tuning"]
+    assert "DataConfig.label_source = 'teacher'" in outputs["distillation"]
+
+
+def test_plain_text_lines_are_inputs(run, tmp_path, capsys):
+    texts = ["premise: ann has a cup .", "premise: bob has a hat ."]
+    (tmp_path / "inputs.txt").write_text("\n\n".join(texts))
+    assert main(["predict", "--student", str(run.path), str(tmp_path / "inputs.txt")]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["input"] for row in rows] == [
+        "premise: ann has a cup .",
+        "premise: bob has a hat .",
+    ]
+    assert all(row.keys() == {"input", "prediction"} for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.TrainConfig.rationale_wait = 1.0", "parameter named 'rationale_wait'"),
+        ("train.TrainConfg.seed = 1", "Expected one of: train.TrainConfig"),
+        ("train.TrainConfig.rationale_weight = 'one'", "is 'one'; expected float"),
+        ("train.TrainConfig.rationale_weight = -1.0", "expected 0 or more"),
+        ("train.TrainConfig.seed = ", "line"),
+        ("t5.T5Config.dtype = 'float16'", "expected 'float32' or 'bfloat16'"),
+        ("t5.T5Config.vocab_size = 8", "expected at least as many"),
+        ("pipeline.DataConfig.records = ('none.jsonl',)", "none.jsonl"),
+        ("pipeline.DataConfig.records = 'records.jsonl'", "expected tuple"),
+        ("pipeline.DataConfig.vocabulary = 'none.model'", "none.model: cannot be read"),
+        ("sharding.MeshConfig.tensor = 3", "choose sizes whose product is the device count"),
+        ("train.TrainConfig.init_from = 'none'", "none: found neither a checkpoint nor"),
+    ],
+)
+def test_a_mistyped_config_is_one_message_and_no_run(override, says, records, tmp_path, capsys):
+    assert main(train_args(records, tmp_path / "run", override)) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and "Traceback" not in captured.err
+    assert not RunDir(tmp_path / "run").has_checkpoints()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["train", "runs/none.gin", "--run_dir", "x"], "Shipped gin files: "),
+        (["extract", "--dataset", "mine", "--output_dir", "x"], "expected --data_dir"),
+        (["evaluate", "--run_dir", "none"], "expected a directory of `dslt train`"),
+        (["evaluate", "--predictions", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["predict", "--student", "none", "x.txt"], "none: is no directory"),
+        (["export", "--student", "none", "--output_dir", "x"], "none: is no directory"),
+        (["import", "--hugging_face", "none", "--output_dir", "x"], "none"),
+    ],
+)
+def test_what_is_not_there_is_one_message(args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and "Traceback" not in captured.err
+
+
+def test_a_table_of_ones_own_becomes_records_without_code(tmp_path, capsys):
+    table = tmp_path / "mine.csv"
+    rows = [f"what is {i} ?,answer {i},because {i}" for i in range(20)]
+    table.write_text("question,answer,why\n" + "\n".join(rows) + "\n")
+    columns = ["--input_column", "question", "--label_column", "answer"]
+    flags = ["--input_file", str(table), *columns, "--rationale_column", "why"]
+    out = tmp_path / "records"
+    assert main(["extract", "--dataset", "mine", *flags, "--output_dir", str(out)]) == 0
+    examples = list(read_examples(out / "records.jsonl"))
+    assert [e.split for e in examples].count("validation") == 2
+    assert all(e.rationale and e.label for e in examples)
+    assert "20 examples, 20 with a rationale" in capsys.readouterr().out
+
+
+def test_help_answers_without_the_heavy_imports():
+    code = (
+        "import sys\nfrom dslt.main import build_parser\nbuild_parser().format_help()\n"
+        "heavy = {'jax', 'numpy', 'gin', 'tensorflow', 'seqio', 'flax'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
+def test_a_built_cache_trains_and_evaluates_without_tensorflow(run, records, tmp_path):
+    """The token cache and the vocabulary of `run` are there; only their readers are imported."""
+    args = train_args(records, tmp_path / "run", "train.TrainConfig.num_steps = 1")
+    vocabulary = f"pipeline.DataConfig.vocabulary = {str(run.vocabulary)!r}"
+    code = (
+        "import sys\nfrom dslt.main import main\n"
+        f"assert main({[*args, '--gin', vocabulary]!r}) == 0\n"
+        f"assert main(['evaluate', '--run_dir', {str(tmp_path / 'run')!r}]) == 0\n"
+        "assert not {'tensorflow', 'seqio'} & set(sys.modules)"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, stdout=subprocess.PIPE)
