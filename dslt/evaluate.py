@@ -104,7 +104,8 @@ class Decoder:
         for row, tokens in zip(padded, inputs, strict=False):
             row[: len(tokens)] = tokens
         placed = jax.device_put(padded, sharding.batch_sharding(self.mesh))
-        return np.asarray(self._decode(self.params, placed, max_length=max_length))
+        with sharding.inside(self.mesh):
+            return np.asarray(self._decode(self.params, placed, max_length=max_length))
 
 
 def predict(

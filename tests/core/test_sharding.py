@@ -189,7 +189,6 @@ def test_data_parallel_step_needs_all_reduce_alone(accumulation):
     assert "all-gather" in collectives(program)  # the search does find what is there
 
 
-@pytest.mark.xfail(strict=True, reason="core/t5.py does not call `split_rows` yet")
 @pytest.mark.parametrize("mesh", ["fsdp8", "fsdp4_tensor2", "data2_fsdp2_tensor2"])
 def test_parameters_travel_and_activations_stay(mesh):
     """No collective of an fsdp step makes [8, length, ...]: a microbatch's whole activation."""
