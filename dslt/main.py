@@ -478,7 +478,13 @@ def export(args) -> None:
     format, vocabulary = student_files(path)
     mesh = sharding.make_mesh(sharding.MeshConfig())
     model_config, _, params = student.load(path, mesh)
-    hf_t5.save(output, model_config, jax.device_get(params), vocabulary)
+    hf_t5.save(
+        output,
+        model_config,
+        jax.device_get(params),
+        vocabulary,
+        max_target_tokens=format.max_target_length,
+    )
     format.write(output / "student.json")
     print(f"exported {path} to {output}: a Hugging Face T5 directory")
 

@@ -1,0 +1,59 @@
+"""Every shipped gin file parses and builds, and overrides win."""
+
+import pytest
+
+from dslt.config import gin_directory, parse
+from dslt.errors import InputError
+
+METHODS = sorted(path.name for path in (gin_directory() / "runs").glob("*.gin"))
+SETTINGS = sorted(path.name for path in (gin_directory() / "settings").glob("*.gin"))
+# (λ, whose label): what the names promise.
+PROMISED = {
+    "distillation.gin": (0.0, "teacher"),
+    "fine_tuning.gin": (0.0, "gold"),
+    "step_by_step.gin": (1.0, "gold"),
+    "step_by_step_teacher.gin": (1.0, "teacher"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_combines_with_every_setting_in_either_order(method, setting):
+    configs = parse([f"runs/{method}", f"settings/{setting}"])
+    assert (configs.train.rationale_weight, configs.data.label_source) == PROMISED[method]
+    assert configs.data.records and configs.data.vocabulary
+    assert parse([f"settings/{setting}", f"runs/{method}"]).text == configs.text
+
+
+def test_a_model_file_after_a_setting_replaces_its_model():
+    configs = parse(["settings/paper.gin", "models/t5_v1_1_large.gin"])
+    assert (configs.model.d_model, configs.model.num_layers) == (1024, 24)
+    assert configs.optimizer.learning_rate == 5e-5
+
+
+def test_overrides_win_and_stand_in_the_operative_config_which_says_the_same_again(tmp_path):
+    overrides = ["train.TrainConfig.rationale_weight = 0.25", "t5.T5Config.num_layers = 5"]
+    configs = parse(["runs/step_by_step.gin", "settings/facts.gin"], overrides)
+    assert (configs.train.rationale_weight, configs.model.num_layers) == (0.25, 5)
+    assert all(override in configs.text for override in overrides)
+    (tmp_path / "config.gin").write_text(configs.text)
+    assert parse([str(tmp_path / "config.gin")]) == configs
+
+
+def test_nothing_is_left_over_from_an_earlier_parse():
+    parse(["settings/facts.gin"], ["train.TrainConfig.seed = 7"])
+    assert parse(["settings/facts.gin"]).train.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("from dslt import nothing\n", "nothing"),
+        ("include 'models/none.gin'\n", "Shipped gin files"),
+        ("train.TrainConfig.seed 1\n", "line 1"),
+    ],
+)
+def test_a_broken_gin_file_is_an_input_error(text, says, tmp_path):
+    (tmp_path / "broken.gin").write_text(text)
+    with pytest.raises(InputError, match=says):
+        parse([str(tmp_path / "broken.gin")])

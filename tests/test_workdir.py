@@ -1,0 +1,58 @@
+"""What a run's directory holds, and that a resumed run's metrics have each step once."""
+
+import pytest
+
+from dslt.errors import InputError
+from dslt.workdir import MetricsWriter, RunDir, StudentFormat, environment, read_json_rows
+
+
+def test_a_resumed_run_rewrites_the_rows_after_its_checkpoint(tmp_path):
+    run = RunDir(tmp_path)
+    writer = MetricsWriter(run, first_step=1)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    with run.metrics.open("a") as file:
+        file.write('{"step": 4, "lo')  # cut off by a kill
+    writer = MetricsWriter(run, first_step=3)
+    writer.write(3, {"loss": 30.0})
+    writer.close()
+    assert read_json_rows(run.metrics) == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 3, "loss": 30.0},
+    ]
+
+
+def test_info_keeps_the_fields_that_are_not_set_again(tmp_path):
+    run = RunDir(tmp_path / "run")
+    assert not run.is_finished()
+    run.update_info(state="running", seed=3)
+    run.update_info(state="finished")
+    assert run.is_finished() and '"seed": 3' in run.info.read_text()
+
+
+def test_only_a_numbered_directory_is_a_checkpoint(tmp_path):
+    run = RunDir(tmp_path)
+    assert not run.has_checkpoints()
+    (run.checkpoints / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not run.has_checkpoints()
+    (run.checkpoints / "5").mkdir()
+    assert run.has_checkpoints()
+
+
+def test_a_student_format_survives_its_file_and_refuses_another(tmp_path):
+    path = tmp_path / "student.json"
+    format = StudentFormat("a: ", "b: ", 7, 8)
+    format.write(path)
+    assert StudentFormat.read(path) == format
+    path.write_text('{"input_prefix": "x"}')
+    with pytest.raises(InputError, match=r"found the fields \['input_prefix'\], expected"):
+        StudentFormat.read(path)
+    path.write_text("[")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        StudentFormat.read(path)
+
+
+def test_the_environment_names_the_versions_that_a_result_depends_on():
+    assert {"jax", "flax", "optax", "orbax-checkpoint"} <= environment()["versions"].keys()
