@@ -1,5 +1,6 @@
-# Sourced by the other scripts: leaves an activated .venv with the project and its test extra.
-# PYTHON chooses the interpreter of a new one. Installed anew when setup.py has changed.
+# Sourced by the other scripts: leaves an activated .venv with the project in it, in the
+# repository's root. PYTHON chooses the interpreter of a new one; EXTRAS, such as "test" or
+# "test,parity", what is installed beside the project. Installs again when setup.py has changed.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ ! -x .venv/bin/python ]]; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -10,13 +11,9 @@ if [[ ! -x .venv/bin/python ]]; then
 fi
 # shellcheck disable=SC1091
 source .venv/bin/activate
-stamp=.venv/installed-from
+stamp=".venv/installed-${EXTRAS:-alone}"
 if ! cmp -s setup.py "$stamp"; then
-  echo "installing dslt into .venv (about two minutes the first time)"
-  # The CPU build of PyTorch: the default one brings gigabytes of CUDA. It is for tests alone.
-  python -m pip install --quiet --upgrade pip
-  python -m pip install --quiet torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu ||
-    echo "no PyTorch: parity tests will use the stored goldens" >&2
-  python -m pip install --quiet --editable '.[test]'
+  echo "installing dslt${EXTRAS:+ with $EXTRAS} into .venv (a minute or two)"
+  python -m pip install --quiet --editable ".${EXTRAS:+[$EXTRAS]}"
   cp setup.py "$stamp"
 fi
