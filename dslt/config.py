@@ -10,7 +10,9 @@ is silently ignored, a mistyped parameter is an error. Overrides need no imports
 
 import dataclasses
 import difflib
+import functools
 import logging
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -70,7 +72,7 @@ def parse(files: Sequence[str], overrides: Sequence[str] = ()) -> Configs:
       InputError: a file, a name, a value or its type is wrong.
     """
     gin.clear_config()
-    gin.add_config_file_search_path(str(gin_directory()))
+    _add_search_path()
     logging.disable(logging.ERROR)  # gin logs each place where a file is not, then finds it
     # gin raises its own and Python's errors alike; each text names file and line.
     try:
@@ -78,10 +80,11 @@ def parse(files: Sequence[str], overrides: Sequence[str] = ()) -> Configs:
         gin.parse_config_files_and_bindings(list(files), [OVERRIDE_HEADER, *overrides])
     except (OSError, ImportError, ValueError, TypeError, LookupError, SyntaxError) as error:
         raise InputError(f"{error}{_shipped(error)}") from None
-    except AttributeError as error:
+    except (AttributeError, NameError) as error:
         raise InputError(f"{error}. Expected one of: {', '.join(_names())}") from None
     finally:
         logging.disable(logging.NOTSET)
+    _check_names(gin.config_str())
     built = {}
     for field in dataclasses.fields(Configs)[:-1]:
         check_types(field.type, gin.get_bindings(field.type))
@@ -99,7 +102,17 @@ def check_run(run: RunDir, configs: Configs) -> None:
       InputError: the directory is of a run with another config; the difference is shown.
     """
     if not run.has_checkpoints():
+        if run.evaluations.exists() or run.best.exists():
+            raise InputError(
+                f"{run.path}: holds evaluations of an earlier training whose checkpoints are gone; "
+                "choose another --run_dir"
+            )
         return
+    if not run.config.exists():
+        raise InputError(
+            f"{run.path}: has checkpoints but no config.gin; use it as train.TrainConfig.init_from "
+            "with another --run_dir"
+        )
     found = run.config.read_text(encoding="utf-8").splitlines()
     difference = difflib.unified_diff(
         found, configs.text.splitlines(), "in the directory", "asked for", lineterm="", n=0
@@ -111,6 +124,21 @@ def check_run(run: RunDir, configs: Configs) -> None:
             + "\n  ".join(changed)
             + "\nChoose another --run_dir, or ask for the same config to resume."
         )
+
+
+@functools.cache
+def _add_search_path() -> None:
+    gin.add_config_file_search_path(str(gin_directory()))
+
+
+def _check_names(text: str) -> None:
+    """Raises InputError for what gin accepts and nobody reads: macros and scoped bindings."""
+    for name in re.findall(r"^([\w./]+) = ", text, re.M):
+        if "." not in name or "/" in name:
+            raise InputError(
+                f"{name} binds nothing here; write the full name, such as "
+                "train.TrainConfig.rationale_weight (macros and scopes are not used)"
+            )
 
 
 def check_types(config_type: type, values: dict) -> None:

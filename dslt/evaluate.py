@@ -7,7 +7,6 @@ them, and writes beside them:
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,14 +18,14 @@ from tqdm import tqdm
 
 from dslt import metrics
 from dslt.checkpoint import student
-from dslt.checkpoint.manager import CheckpointManager
+from dslt.checkpoint.manager import CheckpointManager, Layout
 from dslt.core import sharding, t5
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.core.decode import greedy_decode
 from dslt.core.sharding import MeshConfig
 from dslt.errors import InputError
 from dslt.records import EvalInput, Example, Prediction, read_predictions, write_rows
-from dslt.workdir import RunDir, read_json_rows, write_json
+from dslt.workdir import RunDir, read_json_rows, write_json, write_json_rows
 
 SOURCE_BUCKET = 32  # source lengths are padded to multiples of this: one compilation each
 
@@ -50,6 +49,11 @@ class EvalConfig:
     max_rationale_length: int = 256
     with_rationales: bool = False
     poll_secs: float = 2.0
+
+    def __post_init__(self):
+        for field in ("rows", "max_label_length", "max_rationale_length"):
+            if getattr(self, field) < 1:
+                raise InputError(f"EvalConfig.{field} is {getattr(self, field)}; expected >= 1")
 
 
 class Decoder:
@@ -183,34 +187,41 @@ def evaluate_run(
     examples: Sequence[EvalInput],
     decode_text: Callable[[Sequence[int]], str],
     follow: bool = False,
+    steps: Sequence[int] | None = None,
 ) -> list[dict]:
     """Judges every checkpoint that has not been judged yet, and keeps the best on validation.
 
     Args:
       examples: of the splits in `config.splits`.
       decode_text: tokens before EOS to text.
-      follow: wait for further checkpoints until training has finished.
+      follow: wait for further checkpoints until training has finished or was stopped.
+      steps: judge these checkpoints instead, again if need be.
 
     Returns:
       The rows of evaluations.jsonl, those of earlier calls included.
     """
     decoder = None
-    for step in _unjudged_steps(run, config.poll_secs if follow else None):
-        decoder = decoder or Decoder(run.checkpoints / str(step), mesh_config, config.rows)
+    if steps is None:
+        steps = _unjudged_steps(run, config.poll_secs if follow else None)
+    for step in steps:
         started_secs = time.perf_counter()
         try:
+            decoder = decoder or Decoder(run.checkpoints / str(step), mesh_config, config.rows)
             decoder.load_step(run.checkpoints, step)
-        except FileNotFoundError:
-            print(f"step {step}: training has replaced this checkpoint by newer ones; skipped")
+        except (OSError, KeyError, ValueError):
+            if step in _steps_on_disk(run):
+                raise
+            print(f"step {step}: is no longer there, newer checkpoints replaced it; skipped")
             continue
         predictions = predict(decoder, examples, config, decode_text)
         values = {"step": step} | score(predictions)
         values["secs"] = round(time.perf_counter() - started_secs, 3)
         write_rows(run.evaluation(step) / "predictions.jsonl", predictions)
         write_json(run.evaluation(step) / "metrics.json", values)
-        _keep_if_best(run, decoder, values)
-        with run.evaluations.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        rows = [row for row in read_json_rows(run.evaluations) if row["step"] != step] + [values]
+        if best_row(rows) is values:
+            _keep_as_best(run, decoder, step)
+        write_json_rows(run.evaluations, sorted(rows, key=lambda row: row["step"]))
         print(describe(values), flush=True)
     rows = read_json_rows(run.evaluations)
     if not rows:
@@ -248,30 +259,31 @@ def _unjudged_steps(run: RunDir, poll_secs: float | None) -> Iterator[int]:
     """Steps of checkpoints without an evaluation, ascending; polls for more if told to."""
     seen = {row["step"] for row in read_json_rows(run.evaluations)}
     while True:
-        is_finished = run.is_finished()  # before looking, so that the last checkpoint is not missed
-        found = []
-        if run.checkpoints.is_dir():
-            with CheckpointManager(run.checkpoints, read_only=True) as manager:
-                found = [step for step in manager.steps() if step not in seen]
+        is_over = run.state() in (
+            "finished",
+            "stopped",
+        )  # asked first: no last checkpoint is missed
+        found = [step for step in _steps_on_disk(run) if step not in seen]
         if found:
             seen.add(found[0])
             yield found[0]
-        elif poll_secs is None or is_finished:
+        elif poll_secs is None or is_over:
             return
         else:
             time.sleep(poll_secs)
 
 
-def _keep_if_best(run: RunDir, decoder: Decoder, values: dict) -> None:
-    """Writes the parameters to `best/`, where training's clean-up does not reach."""
-    best = best_row(read_json_rows(run.evaluations) + [values])
-    if best is not values:
-        return
+def _steps_on_disk(run: RunDir) -> list[int]:
+    if not run.checkpoints.is_dir():
+        return []
     with CheckpointManager(run.checkpoints, read_only=True) as manager:
-        layout = manager.layout(values["step"])
-    with CheckpointManager(run.best, keep=1) as manager:
-        if values["step"] not in manager.steps():  # left there by an evaluation that was killed
-            manager.save_params(values["step"], decoder.params, layout)
+        return manager.steps()
+
+
+def _keep_as_best(run: RunDir, decoder: Decoder, step: int) -> None:
+    """Writes the parameters to `best/`, where training's clean-up does not reach."""
+    with CheckpointManager(run.best) as manager:
+        manager.replace_all(step, decoder.params, Layout(decoder.config))
 
 
 def _before_eos(tokens: np.ndarray) -> list[int]:

@@ -14,18 +14,28 @@ from collections.abc import Sequence
 from dslt import __version__
 from dslt.errors import InputError
 
+INTERRUPTED = 130  # as a shell has it for SIGINT
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit status: 0, or 2 where the input cannot be used."""
+    """Runs one subcommand; returns the exit status.
+
+    That is 0, 2 where the input cannot be used, or INTERRUPTED where a signal ended it early.
+    """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except InputError as error:
         print(f"dslt {args.command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `dslt predict … | head`
         sys.stderr.close()
-    return 0
+        return 0
+    except OSError as error:  # a full disk, a missing right, a file where a directory should be
+        print(f"dslt {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -181,7 +191,7 @@ def add_train(commands) -> None:
     add_gin_flag(command)
 
 
-def train(args) -> None:
+def train(args) -> int:
     """Checks the configs, opens the data, says what will happen, and trains."""
     from pathlib import Path
 
@@ -204,6 +214,9 @@ def train(args) -> None:
         batches_from=stream.batches,
         run=run,
     )
+    if stream.left_out:
+        print(f"warning: {stream.left_out} examples found no room in an epoch and were left out")
+    return 0 if run.state() == "finished" else INTERRUPTED
 
 
 def open_train_stream(run, configs) -> tuple:
@@ -226,7 +239,23 @@ def open_train_stream(run, configs) -> tuple:
         seed=configs.train.seed,
         use_rationales=configs.train.rationale_weight > 0,
     )
+    if run.has_checkpoints():
+        check_same_data(run, stream, vocabulary)
     return stream, vocabulary
+
+
+def check_same_data(run, stream, vocabulary) -> None:
+    """Raises InputError where a run would resume on other records or another vocabulary."""
+    from dslt.workdir import read_json
+
+    found = read_json(run.info)
+    expected = {"vocabulary_digest": vocabulary.digest, "records": stream.records_digests}
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"{run.info}: {name} is {found.get(name)}, but now it is {value}; the data changed "
+                "since this run began. Restore it, or choose another --run_dir"
+            )
 
 
 def describe_run(run, configs, stream, vocabulary) -> None:
@@ -291,7 +320,10 @@ def add_evaluate(commands) -> None:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--run_dir", help="judges its checkpoints that were not judged yet")
     source.add_argument("--predictions", help="a predictions.jsonl to score again, without a model")
-    command.add_argument("--follow", action="store_true", help="until training has finished")
+    command.add_argument("--follow", action="store_true", help="until training has ended")
+    command.add_argument(
+        "--step", type=int, action="append", help="this checkpoint, again if need be; repeatable"
+    )
     add_gin_flag(command)
 
 
@@ -305,7 +337,7 @@ def evaluate(args) -> None:
         print(judge.describe(judge.rescore(Path(args.predictions))))
         return
     from dslt import config
-    from dslt.data.pipeline import eval_inputs
+    from dslt.data.pipeline import count_splits, eval_inputs
     from dslt.data.vocabulary import load_vocabulary
     from dslt.workdir import RunDir
 
@@ -316,9 +348,14 @@ def evaluate(args) -> None:
         raise InputError(f"{run.path}: has no config.gin; expected a directory of `dslt train`")
     configs = config.parse([str(run.config)], args.gin)
     vocabulary = load_vocabulary(run.vocabulary)
+    counts = count_splits(configs.data)
+    splits = [split for split in configs.evaluate.splits if counts[split]]
+    for split in configs.evaluate.splits:
+        if split not in splits:
+            print(f"warning: no example is in split {split!r}")
     examples = [
         example
-        for split in configs.evaluate.splits
+        for split in splits or configs.evaluate.splits
         for example in eval_inputs(configs.data, split, vocabulary)
     ]
     truncated = sum(example.is_truncated for example in examples)
@@ -331,6 +368,7 @@ def evaluate(args) -> None:
         examples=examples,
         decode_text=vocabulary.decode,
         follow=args.follow,
+        steps=args.step,
     )
     best = judge.best_row(rows)
     if best is None:
@@ -355,11 +393,11 @@ def add_predict(commands) -> None:
     )
     command.add_argument("--rationales", action="store_true", help="explain the answers too")
     command.add_argument("--split", help="of a records file: take these rows alone")
-    command.add_argument("--limit", type=int, help="take the first so many inputs")
+    command.add_argument("--limit", type=positive, help="take the first so many inputs")
     command.add_argument("--format", default="jsonl", choices=("jsonl", "text"))
-    command.add_argument("--rows", type=int, default=64, help="decoded at a time")
-    command.add_argument("--max_label_length", type=int, default=64, metavar="TOKENS")
-    command.add_argument("--max_rationale_length", type=int, default=256, metavar="TOKENS")
+    command.add_argument("--rows", type=positive, default=64, help="decoded at a time")
+    command.add_argument("--max_label_length", type=positive, default=64, metavar="TOKENS")
+    command.add_argument("--max_rationale_length", type=positive, default=256, metavar="TOKENS")
 
 
 def predict(args) -> None:
@@ -417,7 +455,7 @@ def read_inputs(path: str, split: str | None) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected UTF-8 text") from None
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
         if not line.startswith("{"):
             rows += [{"input": line}] if line else []
@@ -450,7 +488,8 @@ def student_files(path) -> tuple:
     if is_hugging_face(path):
         root, vocabulary = path, path
     else:
-        root = path.parent.parent if path.name.isdigit() else path
+        is_checkpoint = (path / "params").is_dir()
+        root = path.absolute().parent.parent if is_checkpoint else path
         vocabulary = RunDir(root).vocabulary
     if RunDir(root).student.exists():
         return StudentFormat.read(RunDir(root).student), vocabulary
@@ -510,10 +549,11 @@ def import_student(args) -> None:
     if run.checkpoints.exists():
         raise InputError(f"{run.checkpoints}: exists already; choose another --output_dir")
     model_config, params = hf_t5.load_params(source)
-    format, vocabulary = student_files(source)
+    format, vocabulary_path = student_files(source)
+    vocabulary = load_vocabulary(vocabulary_path)
     with CheckpointManager(run.checkpoints) as manager:
         manager.save_params(0, params, Layout(model_config))
-    load_vocabulary(vocabulary).save(run.vocabulary)
+    vocabulary.save(run.vocabulary)
     format.write(run.student)
     print(f"imported {source} to {run.path}")
 
@@ -534,6 +574,14 @@ def add_student_flag(command) -> None:
         required=True,
         help="a run's directory (its best checkpoint), one checkpoint, or a Hugging Face directory",
     )
+
+
+def positive(text: str) -> int:
+    """An argparse type."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
 
 
 def require(args, name: str) -> str:

@@ -30,7 +30,7 @@ class Example:
     """One problem with what is known about its answer: a row of `records.jsonl`.
 
     Attributes:
-      id: unique within the file.
+      id: unique within the dataset.
       dataset: what its SeqIO Tasks are named after (`<dataset>_label`, `<dataset>_rationale`).
       split: one of SPLITS.
       input: the problem as the student reads it, without a task prefix.
@@ -192,18 +192,19 @@ def raise_problems(path: Path, problems: list[str]) -> None:
 
 def _read_rows(path: Path, row_type: type) -> Iterator:
     problems: list[str] = []
-    line_of_id: dict[str, int] = {}
+    line_of_id: dict[tuple[str, str], int] = {}
     for number, row in read_json_lines(path, problems):
         try:
             parsed = _parse_row(row, row_type)
-            if parsed.id in line_of_id:
+            key = (parsed.dataset, parsed.id)
+            if key in line_of_id:
                 raise ValueError(
-                    f"id {parsed.id!r} is that of line {line_of_id[parsed.id]}; ids must be unique"
+                    f"id {parsed.id!r} is that of line {line_of_id[key]}; ids must be unique"
                 )
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
             continue
-        line_of_id[parsed.id] = number
+        line_of_id[key] = number
         if not problems:
             yield parsed
     raise_problems(path, problems)

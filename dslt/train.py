@@ -59,7 +59,8 @@ class TrainConfig:
             raise InputError(
                 f"TrainConfig.rationale_weight is {self.rationale_weight}; expected 0 or more"
             )
-        for field in ("num_steps", "accumulation_steps", "save_every_steps", "log_every_steps"):
+        counts = ("num_steps", "accumulation_steps", "save_every_steps", "log_every_steps")
+        for field in (*counts, "keep_checkpoints"):
             if getattr(self, field) < 1:
                 raise InputError(f"TrainConfig.{field} is {getattr(self, field)}; expected >= 1")
 
@@ -93,6 +94,7 @@ def train(
         start = int(state.step)
         if start >= config.num_steps:
             print(f"Nothing to do: {run.path} has finished its {config.num_steps} steps.")
+            run.update_info(state="finished")
             return state
         step_fn = compile_step(config, optimizer_config, optimizer, graphdef, state, mesh)
         multiple = sharding.row_multiple(mesh, config.accumulation_steps)
@@ -120,6 +122,7 @@ def train(
     if step == config.num_steps:
         run.update_info(state="finished")
     else:
+        run.update_info(state="stopped")
         print(f"Stopped on {stop.name} after step {step}: saved. The same command resumes.")
     return state
 

@@ -78,9 +78,9 @@ class RunDir:
         steps = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return any(step.name.isdigit() for step in steps)
 
-    def is_finished(self) -> bool:
-        """Whether training has taken its last step."""
-        return self.info.exists() and read_json(self.info).get("state") == "finished"
+    def state(self) -> str | None:
+        """`running`, `stopped` (by a signal, to be resumed), `finished`; None before the start."""
+        return read_json(self.info).get("state") if self.info.exists() else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 # repository's root. PYTHON chooses the interpreter of a new one; EXTRAS, such as "test" or
 # "test,parity", what is installed beside the project. Installs again when setup.py has changed.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [[ ! -x .venv/bin/python ]]; then
+if [[ ! -x .venv/bin/pip ]]; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "found $("${PYTHON:-python3}" --version 2>&1); dslt needs Python 3.11 or later: set PYTHON to one" >&2
     exit 2

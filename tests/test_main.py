@@ -14,7 +14,7 @@ import pytest
 
 from dslt.checkpoint.manager import CheckpointManager
 from dslt.data.vocabulary import load_vocabulary
-from dslt.main import main
+from dslt.main import INTERRUPTED, main
 from dslt.records import read_examples, read_predictions
 from dslt.workdir import RunDir, read_json, read_json_rows
 
@@ -113,11 +113,43 @@ def test_predictions_are_scored_again_without_a_model(run, capsys):
     assert f"validation {100 * row['validation/accuracy']:.1f} % of 12" in capsys.readouterr().out
 
 
+def test_one_checkpoint_is_judged_again_with_other_settings(run, capsys):
+    before = read_json_rows(run.evaluations)
+    args = ["--step", "3", "--gin", "evaluate.EvalConfig.with_rationales = False"]
+    assert main(["evaluate", "--run_dir", str(run.path), *args]) == 0
+    after = read_json_rows(run.evaluations)
+    assert [row["step"] for row in after] == [3, 6]
+    assert after[0] | {"secs": 0} == before[0] | {"secs": 0} and after[1] == before[1]
+    predictions = list(read_predictions(run.evaluation(3) / "predictions.jsonl"))
+    assert all(p.rationale is None for p in predictions)
+
+
 def test_training_a_finished_run_again_changes_nothing(run, records, capsys):
     before = run.metrics.read_text()
     assert main(train_args(records, run.path)) == 0
     assert "Nothing to do" in capsys.readouterr().out
     assert run.metrics.read_text() == before
+    assert run.state() == "finished"  # or an evaluator that follows would wait for ever
+
+
+def test_a_run_does_not_resume_on_other_records(run, records, tmp_path, capsys):
+    info = read_json(run.info)
+    try:
+        run.update_info(records={str(records): "another digest"})
+        assert main(train_args(records, run.path)) == 2
+        assert "the data changed since this run began" in capsys.readouterr().err
+    finally:
+        run.update_info(**info)
+
+
+def test_a_second_attempt_with_another_vocabulary_leaves_nothing_of_the_first(records, tmp_path):
+    wrong = "pipeline.DataConfig.vocabulary = 'bytes'"
+    too_small = "t5.T5Config.vocab_size = 300"
+    assert main(train_args(records, tmp_path / "run", wrong, too_small)) == 2
+    steps = "train.TrainConfig.num_steps = 1"
+    assert main(train_args(records, tmp_path / "run", steps)) == 0
+    run = RunDir(tmp_path / "run")
+    assert load_vocabulary(run.vocabulary).digest == read_json(run.info)["vocabulary_digest"]
 
 
 def test_another_config_on_the_same_directory_is_refused_with_the_difference(run, records, capsys):
@@ -139,7 +171,7 @@ def test_a_killed_run_resumes_to_the_same_parameters(run, records, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    assert process.returncode == 0
+    assert process.returncode == INTERRUPTED and stopped.state() == "stopped"
     subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE)
     step, params = final_params(stopped)
     expected_step, expected = final_params(run)
@@ -234,6 +266,12 @@ def test_plain_text_lines_are_inputs(run, tmp_path, capsys):
     [
         ("train.TrainConfig.rationale_wait = 1.0", "parameter named 'rationale_wait'"),
         ("train.TrainConfg.seed = 1", "Expected one of: train.TrainConfig"),
+        ("TrainConfig.seed = 1", "Expected one of: train.TrainConfig"),
+        ("rationale_weight = 0.5", "rationale_weight binds nothing here; write the full name"),
+        ("a/train.TrainConfig.seed = 1", "a/train.TrainConfig.seed binds nothing here"),
+        ("train.TrainConfig.keep_checkpoints = 0", "keep_checkpoints is 0; expected >= 1"),
+        ("t5.T5Config.num_heads = 0", "num_heads is 0; expected >= 1"),
+        ("evaluate.EvalConfig.rows = 0", "rows is 0; expected >= 1"),
         ("train.TrainConfig.rationale_weight = 'one'", "is 'one'; expected float"),
         ("train.TrainConfig.rationale_weight = -1.0", "expected 0 or more"),
         ("train.TrainConfig.seed = ", "line"),
@@ -284,6 +322,23 @@ def test_a_table_of_ones_own_becomes_records_without_code(tmp_path, capsys):
     assert [e.split for e in examples].count("validation") == 2
     assert all(e.rationale and e.label for e in examples)
     assert "20 examples, 20 with a rationale" in capsys.readouterr().out
+
+
+def test_a_table_of_test_rows_alone_is_read_too(tmp_path):
+    table = tmp_path / "mine.jsonl"
+    table.write_text('{"q": "what is it ?", "split": "test"}\n')
+    flags = ["--input_file", str(table), "--input_column", "q", "--split_column", "split"]
+    out = str(tmp_path / "records")
+    assert main(["extract", "--dataset", "mine", *flags, "--output_dir", out]) == 0
+    assert [e.split for e in read_examples(tmp_path / "records" / "records.jsonl")] == ["test"]
+
+
+def test_an_unwritable_place_is_one_message(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    flags = ["--teacher", "scripted", "--train", "3", "--validation", "0", "--test", "0"]
+    out = str(tmp_path / "file" / "records")
+    assert main(["extract", "--dataset", "facts", *flags, "--output_dir", out]) == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_help_answers_without_the_heavy_imports():

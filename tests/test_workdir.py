@@ -26,10 +26,10 @@ def test_a_resumed_run_rewrites_the_rows_after_its_checkpoint(tmp_path):
 
 def test_info_keeps_the_fields_that_are_not_set_again(tmp_path):
     run = RunDir(tmp_path / "run")
-    assert not run.is_finished()
+    assert run.state() is None
     run.update_info(state="running", seed=3)
     run.update_info(state="finished")
-    assert run.is_finished() and '"seed": 3' in run.info.read_text()
+    assert run.state() == "finished" and '"seed": 3' in run.info.read_text()
 
 
 def test_only_a_numbered_directory_is_a_checkpoint(tmp_path):

@@ -103,7 +103,20 @@ class CheckpointManager:
                 params=ocp.args.StandardSave(params),
                 layout=ocp.args.JsonSave(layout.to_json()),
             ),
+            force=True,  # else a step below the newest is silently not saved
         )
+
+    def replace_all(self, step: int, params: dict, layout: Layout) -> None:
+        """Leaves this checkpoint of parameters alone in the directory, whatever steps were there.
+
+        The new one is on disk before an old one goes. A step that is there already stays.
+        """
+        others = [other for other in self.steps() if other != step]
+        if step not in self.steps():
+            self.save_params(step, params, layout)
+            self.wait()
+        for other in others:
+            self._manager.delete(other)
 
     def wait(self) -> None:
         """Until everything saved so far is on disk."""

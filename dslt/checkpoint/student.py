@@ -30,25 +30,29 @@ def read_params(path: Path, config: T5Config, abstract_params: dict) -> dict:
     Raises:
       InputError: where they belong to another model than `config`, with both sides.
     """
-    if not is_hugging_face(path):
-        directory, step = find_checkpoint(path)
-        with CheckpointManager(directory, read_only=True) as manager:
-            return manager.restore_params(step, abstract_params)
-    found_config, params = hf_t5.load_params(path)
+    if is_hugging_face(path):
+        found_config, params = hf_t5.load_params(path)
+        _check_same_model(path, found_config, config)
+        return jax.tree.map(
+            lambda array, like: jax.device_put(array, like.sharding), params, abstract_params
+        )
+    directory, step = find_checkpoint(path)
+    with CheckpointManager(directory, read_only=True) as manager:
+        _check_same_model(directory / str(step), manager.layout(step).model, config)
+        return manager.restore_params(step, abstract_params)
+
+
+def _check_same_model(path: Path, found: T5Config, expected: T5Config) -> None:
+    found_fields, expected_fields = dataclasses.asdict(found), dataclasses.asdict(expected)
     differing = [
-        f"{field.name}: found {getattr(found_config, field.name)}, "
-        f"expected {getattr(config, field.name)}"
-        for field in dataclasses.fields(T5Config)
-        if field.name not in _RUNTIME_FIELDS
-        and getattr(found_config, field.name) != getattr(config, field.name)
+        f"{name}: found {found_fields[name]}, expected {expected_fields[name]}"
+        for name in found_fields
+        if name not in _RUNTIME_FIELDS and found_fields[name] != expected_fields[name]
     ]
     if differing:
         raise InputError(
             f"{path}: is of another model than the config asks for:\n  " + "\n  ".join(differing)
         )
-    return jax.tree.map(
-        lambda array, like: jax.device_put(array, like.sharding), params, abstract_params
-    )
 
 
 def load(path: Path, mesh: jax.sharding.Mesh) -> tuple:
@@ -73,6 +77,7 @@ def find_checkpoint(path: Path) -> tuple[Path, int]:
     Raises:
       InputError: where there is none.
     """
+    path = path.absolute()
     if path.name.isdigit() and (path / "params").is_dir():
         return path.parent, int(path.name)
     for directory in (path / "best", path / "checkpoints"):

@@ -76,6 +76,15 @@ class T5Config:
                 f"T5Config.feed_forward_proj is {self.feed_forward_proj!r}; expected 'gated-gelu' "
                 "or 'relu'"
             )
+        sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "scan_unroll")
+        for field in (*sizes, "num_layers", "num_decoder_layers"):
+            if getattr(self, field) < 1:
+                raise InputError(f"T5Config.{field} is {getattr(self, field)}; expected >= 1")
+        if self.relative_attention_num_buckets < 4:
+            found = self.relative_attention_num_buckets
+            raise InputError(
+                f"T5Config.relative_attention_num_buckets is {found}; expected at least 4"
+            )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise InputError(
                 f"T5Config.dropout_rate is {self.dropout_rate}; expected 0 <= rate < 1"

@@ -62,7 +62,7 @@ def hold_out_validation(
 
     Order and ids stay. SVAMP becomes 720 / 80 / 200, CQA 8,766 / 975 / 1,221: the paper's counts,
     though not its rows, which another generator chose. Examples that already hold a validation
-    split come back as they are.
+    split, or no train split, come back as they are.
 
     Raises:
       InputError: if the fraction leaves no train example or holds out none.
@@ -70,6 +70,8 @@ def hold_out_validation(
     if any(example.split == "validation" for example in examples):
         return list(examples)
     train = [index for index, example in enumerate(examples) if example.split == "train"]
+    if not train:
+        return list(examples)
     count = math.ceil(fraction * len(train) - 1e-9)  # 0.07 · 100 is 7.000000000000001
     if not 0 < count < len(train):
         raise InputError(
@@ -182,13 +184,14 @@ def read_tfds(
     validation split is the test split, as in the paper.
 
     Args:
-      dataset: a key of TFDS_NAMES.
+      dataset: a key of TFDS_NAMES, or what TFDS calls it (`anli`, `cos_e`).
       data_dir: where TFDS keeps prepared datasets; its own default if None.
       download: whether to download and prepare what is not there.
 
     Raises:
       InputError: for another dataset, or one that TFDS could not load.
     """
+    dataset = {"anli": "anli1", "cos_e": "cqa"}.get(dataset, dataset)
     if dataset not in TFDS_NAMES:
         raise InputError(f"dataset is {dataset!r}; expected one of {', '.join(TFDS_NAMES)}")
     import tensorflow_datasets as tfds  # slow, and nothing else here needs it

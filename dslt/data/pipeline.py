@@ -18,6 +18,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -304,16 +305,24 @@ class TrainStream:
 
 
 def make_vocabulary(config: DataConfig, keep_in: str | os.PathLike) -> Vocabulary:
-    """The vocabulary of a new run, opened or trained, and copied into its directory."""
+    """The vocabulary of a new run, opened or trained, and copied into its directory.
+
+    A copy that an attempt before left in `keep_in`, perhaps of another kind, is replaced.
+    """
     keep_in = Path(keep_in)
+    if os.path.realpath(config.vocabulary) == os.path.realpath(keep_in):
+        return load_vocabulary(keep_in)
     kind, _, size = config.vocabulary.partition(":")
     if kind == "train":
         if not size.isdecimal():
             raise InputError(
                 f"vocabulary is {config.vocabulary!r}; expected a number of pieces: train:8000"
             )
-        return train_vocabulary(config, int(size), keep_in / SENTENCEPIECE_FILE)
+        texts = list(_train_texts(config))  # read before anything is replaced
+        shutil.rmtree(keep_in, ignore_errors=True)
+        return train_sentencepiece(texts, int(size), keep_in / SENTENCEPIECE_FILE)
     vocabulary = load_vocabulary(config.vocabulary)
+    shutil.rmtree(keep_in, ignore_errors=True)
     vocabulary.save(keep_in)
     return vocabulary
 
@@ -396,6 +405,13 @@ def eval_inputs(config: DataConfig, split: str, vocabulary: Vocabulary) -> list[
             "records that have one, or another split"
         )
     return found
+
+
+def count_splits(config: DataConfig) -> collections.Counter:
+    """How many examples each split has, over all records files."""
+    return collections.Counter(
+        example.split for path in _records_paths(config) for example in read_examples(path)
+    )
 
 
 def encode_example(config: DataConfig, example: Example, vocabulary: Vocabulary) -> EvalInput:

@@ -68,6 +68,15 @@ def test_another_format_version_is_refused(directory):
         manager.layout(3)
 
 
+def test_the_best_is_replaced_by_an_earlier_step_too(tmp_path):
+    for step in (3, 2):
+        with CheckpointManager(tmp_path / "best") as manager:
+            manager.replace_all(step, make_state(step).params, Layout(CONFIG))
+            assert manager.steps() == [step]
+            restored = manager.restore_params(step, t5.abstract_params(CONFIG)[1])
+        jax.tree.map(np.testing.assert_array_equal, restored, make_state(step).params)
+
+
 def test_a_run_is_found_by_its_best_checkpoint_then_by_its_newest(directory, tmp_path):
     assert find_checkpoint(tmp_path) == (directory, 3)
     assert find_checkpoint(directory / "2") == (directory, 2)

@@ -168,7 +168,12 @@ def test_share_is_rounded_up_but_not_by_a_rounding_error(fraction, train, count)
     assert [e.split for e in held].count("validation") == count
 
 
-@pytest.mark.parametrize(("fraction", "train"), [(0.0, 10), (1.0, 10), (0.1, 0), (0.1, 1)])
+def test_without_a_train_split_nothing_is_held_out():
+    examples = [Example("a", "d", "test", "what ?")]
+    assert hold_out_validation(examples) == examples
+
+
+@pytest.mark.parametrize(("fraction", "train"), [(0.0, 10), (1.0, 10), (0.1, 1)])
 def test_fraction_that_empties_a_split_is_refused(fraction, train):
     with pytest.raises(InputError, match="validation fraction"):
         hold_out_validation(make_examples(train), fraction=fraction)
