@@ -8,6 +8,7 @@ dslt predict --student runs/facts/student --rationales problems.txt
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     That is 0, 2 where the input cannot be used, or INTERRUPTED where a signal ended it early.
     """
     args = build_parser().parse_args(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow looks for GPUs, and says so
     try:
         return args.run(args) or 0
     except InputError as error:
