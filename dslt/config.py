@@ -10,8 +10,6 @@ is silently ignored, a mistyped parameter is an error. Overrides need no imports
 
 import dataclasses
 import difflib
-import functools
-import logging
 import re
 import types
 import typing
@@ -72,18 +70,11 @@ def parse(files: Sequence[str], overrides: Sequence[str] = ()) -> Configs:
       InputError: a file, a name, a value or its type is wrong.
     """
     gin.clear_config()
-    _add_search_path()
-    logging.disable(logging.ERROR)  # gin logs each place where a file is not, then finds it
-    # gin raises its own and Python's errors alike; each text names file and line.
-    try:
-        gin.parse_config([OVERRIDE_HEADER, *_defaults()])
-        gin.parse_config_files_and_bindings(list(files), [OVERRIDE_HEADER, *overrides])
-    except (OSError, ImportError, ValueError, TypeError, LookupError, SyntaxError) as error:
-        raise InputError(f"{error}{_shipped(error)}") from None
-    except (AttributeError, NameError) as error:
-        raise InputError(f"{error}. Expected one of: {', '.join(_names())}") from None
-    finally:
-        logging.disable(logging.NOTSET)
+    _parse_text("defaults", "\n".join([OVERRIDE_HEADER, *_defaults()]))
+    for file in files:
+        _parse_text(file, _read_with_includes(file))
+    for override in overrides:
+        _parse_text(f"override {override!r}", OVERRIDE_HEADER + override)
     _check_names(gin.config_str())
     built = {}
     for field in dataclasses.fields(Configs)[:-1]:
@@ -126,9 +117,46 @@ def check_run(run: RunDir, configs: Configs) -> None:
         )
 
 
-@functools.cache
-def _add_search_path() -> None:
-    gin.add_config_file_search_path(str(gin_directory()))
+def _parse_text(name: str, text: str) -> None:
+    """Adds the bindings of `text`; `name` is what an error calls it."""
+    try:
+        gin.parse_config(text)
+    except (AttributeError, NameError) as error:
+        raise InputError(f"{name}: {error}. Expected one of: {', '.join(_names())}") from None
+    except (OSError, ImportError, ValueError, TypeError, LookupError, SyntaxError) as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def _read_with_includes(name: str) -> str:
+    """The text of a gin file, its includes made absolute.
+
+    gin itself also looks for files in Python packages, and a directory `runs` in the working
+    directory passes for one.
+    """
+    path = _find(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a gin file") from None
+    return re.sub(
+        r"^include\s+(['\"])(.*?)\1",
+        lambda found: f"include {str(_find(found[2]))!r}",
+        text,
+        flags=re.M,
+    )
+
+
+def _find(name: str) -> Path:
+    """A gin file of this name: here, else among the shipped ones."""
+    for path in (Path(name).absolute(), gin_directory() / name):
+        if path.is_file():
+            return path
+    shipped = sorted(
+        str(path.relative_to(gin_directory())) for path in gin_directory().rglob("*.gin")
+    )
+    raise InputError(
+        f"{name}: is no file here and no shipped gin file. Shipped gin files: {', '.join(shipped)}"
+    )
 
 
 def _check_names(text: str) -> None:
@@ -181,13 +209,3 @@ def _defaults() -> list[str]:
         for name, field in zip(_names(), dataclasses.fields(Configs)[:-1], strict=True)
         for entry in dataclasses.fields(field.type)
     ]
-
-
-def _shipped(error: Exception) -> str:
-    """Which gin files there are, where one was not found."""
-    if not isinstance(error, OSError):
-        return ""
-    shipped = sorted(
-        str(path.relative_to(gin_directory())) for path in gin_directory().rglob("*.gin")
-    )
-    return "\nShipped gin files: " + ", ".join(shipped)

@@ -40,6 +40,15 @@ def test_overrides_win_and_stand_in_the_operative_config_which_says_the_same_aga
     assert parse([str(tmp_path / "config.gin")]) == configs
 
 
+def test_a_directory_of_the_same_name_does_not_hide_the_shipped_files(tmp_path, monkeypatch):
+    """`launch/local.sh` makes a directory `runs`, which Python takes for a package."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert parse(["runs/fine_tuning.gin", "settings/facts.gin"]).model.d_model == 64
+
+
 def test_nothing_is_left_over_from_an_earlier_parse():
     parse(["settings/facts.gin"], ["train.TrainConfig.seed = 7"])
     assert parse(["settings/facts.gin"]).train.seed == 0
@@ -50,7 +59,7 @@ def test_nothing_is_left_over_from_an_earlier_parse():
     [
         ("from dslt import nothing\n", "nothing"),
         ("include 'models/none.gin'\n", "Shipped gin files"),
-        ("train.TrainConfig.seed 1\n", "line 1"),
+        ("train.TrainConfig.seed 1\n", "broken.gin.*line 1"),
     ],
 )
 def test_a_broken_gin_file_is_an_input_error(text, says, tmp_path):
