@@ -64,8 +64,7 @@ class Decoder:
         self.mesh = sharding.make_mesh(mesh_config)
         self.config, graphdef, self.params = student.load(path, self.mesh)
         self._placed = sharding.with_shardings(self.mesh, t5.abstract_params(self.config)[1])
-        multiple = sharding.row_multiple(self.mesh)
-        self.rows = -(-rows // multiple) * multiple
+        self.rows = rows
         self._decode = jax.jit(
             partial(greedy_decode, graphdef=graphdef), static_argnames=("max_length",)
         )
@@ -90,21 +89,21 @@ class Decoder:
         """
         outputs: list[list[int]] = [[] for _ in inputs]
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
+        multiple = sharding.row_multiple(self.mesh)
+        rows = -(-max(min(self.rows, len(inputs)), 1) // multiple) * multiple
         with tqdm(total=len(inputs), desc=description, unit="row", leave=False, delay=2) as bar:
-            for start in range(0, len(order), self.rows):
-                chosen = order[start : start + self.rows]
-                decoded = self._decode_rows([inputs[i] for i in chosen], max_length)
+            for start in range(0, len(order), rows):
+                chosen = order[start : start + rows]
+                decoded = self._decode_rows([inputs[i] for i in chosen], rows, max_length)
                 for i, tokens in zip(chosen, decoded, strict=False):
                     outputs[i] = _before_eos(tokens)
                 bar.update(len(chosen))
         return outputs
 
-    def _decode_rows(self, inputs: Sequence[np.ndarray], max_length: int) -> np.ndarray:
-        """At most `self.rows` inputs to [rows, max_length] int32."""
+    def _decode_rows(self, inputs: Sequence[np.ndarray], rows: int, max_length: int) -> np.ndarray:
+        """At most `rows` inputs to [rows, max_length] int32."""
         longest = max(len(tokens) for tokens in inputs)
-        padded = np.full(
-            (self.rows, -(-longest // SOURCE_BUCKET) * SOURCE_BUCKET), PAD_ID, np.int32
-        )
+        padded = np.full((rows, -(-longest // SOURCE_BUCKET) * SOURCE_BUCKET), PAD_ID, np.int32)
         for row, tokens in zip(padded, inputs, strict=False):
             row[: len(tokens)] = tokens
         placed = jax.device_put(padded, sharding.batch_sharding(self.mesh))
