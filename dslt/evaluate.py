@@ -205,8 +205,10 @@ def evaluate_run(
     for step in steps:
         started_secs = time.perf_counter()
         try:
-            decoder = decoder or Decoder(run.checkpoints / str(step), mesh_config, config.rows)
-            decoder.load_step(run.checkpoints, step)
+            if decoder is None:
+                decoder = Decoder(run.checkpoints / str(step), mesh_config, config.rows)
+            else:
+                decoder.load_step(run.checkpoints, step)
         except (OSError, KeyError, ValueError):
             if step in _steps_on_disk(run):
                 raise

@@ -49,7 +49,6 @@ from dslt.data.token_cache import (
 )
 from dslt.data.vocabulary import (
     SENTENCEPIECE_FILE,
-    SentencePieceVocabulary,
     Vocabulary,
     encode_with_eos,
     load_vocabulary,
@@ -421,16 +420,6 @@ def encode_example(config: DataConfig, example: Example, vocabulary: Vocabulary)
         for prefix in (config.input_prefix_label, config.input_prefix_rationale)
     )
     return EvalInput(example, label, rationale, is_label_cut or is_rationale_cut)
-
-
-def train_vocabulary(
-    config: DataConfig, size: int, path: str | os.PathLike
-) -> SentencePieceVocabulary:
-    """Trains pieces on all texts of the train splits, prefixes included, and writes them to `path`.
-
-    The same records give the same file. `config.vocabulary` plays no role.
-    """
-    return train_sentencepiece(_train_texts(config), size, path)
 
 
 def _train_texts(config: DataConfig) -> Iterator[str]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE
-from dslt.data.pipeline import TrainStream, eval_inputs, make_vocabulary, train_vocabulary
+from dslt.data.pipeline import TrainStream, eval_inputs, make_vocabulary
 from dslt.data.vocabulary import load_vocabulary
 from dslt.errors import InputError
 from dslt.records import Example, write_rows
@@ -216,8 +216,9 @@ def test_eval_inputs_are_the_tasks_tokens_and_keep_what_has_no_label(
 
 
 def test_a_vocabulary_trained_on_the_records_is_the_same_each_time(config, tmp_path):
-    first = train_vocabulary(config, 90, tmp_path / "a.model")
-    again = train_vocabulary(config, 90, tmp_path / "b.model")
+    trained = dataclasses.replace(config, vocabulary="train:90")
+    first = make_vocabulary(trained, tmp_path / "a")
+    again = make_vocabulary(trained, tmp_path / "b")
     assert first.digest == again.digest
     assert 2 not in first.encode("predict: Ann has 4 hats. explain: ( 1 + 2 )")
     stream = open_stream(dataclasses.replace(config, vocabulary=str(again.path)), tmp_path)
