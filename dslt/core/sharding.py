@@ -66,9 +66,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
+def batch_spec() -> PartitionSpec:
+    """Rows over data and fsdp."""
+    return PartitionSpec(("data", "fsdp"))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp; for each array of a Batch."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """`batch_spec` on a mesh; for each array of a Batch."""
+    return NamedSharding(mesh, batch_spec())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -117,7 +122,8 @@ def state_shardings(mesh: Mesh, state):
     """
     params = jax.tree_util.tree_leaves_with_path(getattr(state, "params", state))
     specs = {
-        (_names(path), leaf.shape): _partition(mesh, path, leaf.shape) for path, leaf in params
+        (_names(path), leaf.shape): partition_spec(mesh, *_names(path), shape=leaf.shape)
+        for path, leaf in params
     }
 
     def place(path, leaf):
@@ -139,8 +145,12 @@ def with_shardings(mesh: Mesh, abstract):
     )
 
 
-def _partition(mesh: Mesh, path, shape: tuple[int, ...]) -> PartitionSpec:
-    names = _names(path)
+def partition_spec(mesh, *names: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """Of the parameter whose path ends in `names`, on a Mesh or an AbstractMesh.
+
+    Raises:
+      InputError: it has no line in PARTITION_RULES.
+    """
     for suffix, axes in PARTITION_RULES.items():
         if names[-len(suffix) :] == suffix and len(shape) in (len(axes), len(axes) + 1):
             axes = (None,) * (len(shape) - len(axes)) + axes

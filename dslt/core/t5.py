@@ -316,10 +316,13 @@ class T5(nnx.Module):
 
     def __call__(self, batch: Batch, dropout_key=None):
         """Teacher-forced logits [B, T, V] float32; dropout is off where the key is None."""
+        return self.logits(self.hidden(batch, dropout_key))
+
+    def hidden(self, batch: Batch, dropout_key=None):
+        """Teacher-forced: what the output layer sees, [B, T, D]."""
         encoder_key, decoder_key = _split(dropout_key, 2)
         encoded = self.encode(batch.encoder_input_tokens, batch.encoder_segment_ids, encoder_key)
-        hidden = self.decode(encoded, batch, decoder_key)
-        return self.logits(hidden)
+        return self.decode(encoded, batch, decoder_key)
 
     def encode(self, tokens, segment_ids, dropout_key=None):
         """[B, S] int32 tokens to [B, S, D]; a token attends to its own segment."""
@@ -338,7 +341,8 @@ class T5(nnx.Module):
         self_mask = segment_mask(segment_ids, segment_ids) & causal
         cross_mask = segment_mask(segment_ids, batch.encoder_segment_ids)
         layer_inputs = encoded, bias, self_mask, cross_mask
-        return self.decoder(self.embed(inputs), *layer_inputs, dropout_key=dropout_key)
+        hidden = self.decoder(self.embed(inputs), *layer_inputs, dropout_key=dropout_key)
+        return self.scale_outputs(hidden)
 
     def init_cache(self, encoded, max_length: int) -> KVCache:
         """Cross keys and values of [B, S, D], once, and room for `max_length` decoded positions."""
@@ -369,22 +373,26 @@ class T5(nnx.Module):
         hidden, cache = self.decoder.step(
             self.embed(tokens[:, None]), cache, bias, cross_mask, index
         )
-        return self.logits(hidden)[:, 0], cache
+        return self.logits(self.scale_outputs(hidden))[:, 0], cache
 
     def embed(self, tokens):
         """[B, N] int32 to [B, N, D]."""
         embedded = jnp.take(gather_width(self.token_embedding[...]), tokens, axis=0)
         return split_rows(embedded.astype(self.config.dtype))
 
-    def logits(self, hidden):
-        """[B, N, D] to [B, N, V] float32."""
-        if self.config.scale_decoder_outputs:
-            hidden = hidden * self.config.d_model**-0.5
+    def scale_outputs(self, hidden):
+        """The decoder's last state as the output layer takes it."""
+        return hidden * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else hidden
+
+    def output_weight(self):
+        """[D, V] float32."""
         if self.config.tie_word_embeddings:
-            weight = self.token_embedding[...].T
-        else:
-            weight = self.lm_head[...]
-        weight = weight.astype(hidden.dtype)
+            return self.token_embedding[...].T
+        return self.lm_head[...]
+
+    def logits(self, hidden):
+        """[B, N, D], as `hidden` gives it, to [B, N, V] float32."""
+        weight = self.output_weight().astype(hidden.dtype)
         return split_rows(jnp.matmul(hidden, weight, preferred_element_type=jnp.float32))
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from dslt.core import losses, sharding
 from dslt.core.batch import Batch
+from dslt.core.cross_entropy import linear_cross_entropy
 from dslt.errors import InputError
 
 
@@ -83,9 +84,14 @@ def train_step(
 
     def microbatch_loss(params, microbatch, key):
         with sharding.inside(mesh):
-            logits = nnx.merge(graphdef, params)(microbatch, key)
-        sums = losses.sum_by_role(logits, microbatch)
-        return losses.combine(sums.nll, tokens, rationale_weight), sums
+            model = nnx.merge(graphdef, params)
+            loss, nll, is_correct = linear_cross_entropy(
+                model.hidden(microbatch, key),
+                model.output_weight(),
+                microbatch.decoder_target_tokens,
+                losses.objective_weights(microbatch, tokens, rationale_weight),
+            )
+        return loss, losses.sum_by_role(nll, is_correct, microbatch)
 
     gradient = jax.value_and_grad(microbatch_loss, has_aux=True)
     if accumulation_steps == 1:
