@@ -308,7 +308,10 @@ def first_of_each_role(batch) -> list[tuple[str, list[int], list[int]]]:
             row, column = places[0]
             segment = batch.decoder_segment_ids[row, column]
             source = batch.encoder_input_tokens[row][batch.encoder_segment_ids[row] == segment]
-            target = batch.decoder_target_tokens[row][batch.decoder_segment_ids[row] == segment]
+            is_target = (batch.decoder_segment_ids[row] == segment) & (
+                batch.decoder_loss_roles[row] == role
+            )
+            target = batch.decoder_target_tokens[row][is_target]
             found.append((name, source.tolist(), target.tolist()))
     return found
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dslt.checkpoint.manager import CheckpointManager, Layout
 from dslt.checkpoint.student import read_params
 from dslt.core import flops, losses, sharding, t5
-from dslt.core.batch import ROLE_LABEL, Batch, pad_rows
+from dslt.core.batch import ROLE_LABEL, Batch, count_targets, pad_rows
 from dslt.core.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
@@ -201,10 +201,9 @@ class LogInterval:
 
     def add(self, batch: Batch, metrics: StepMetrics) -> None:
         """Counts a batch on the host and keeps the device's results unfetched."""
-        starts = batch.decoder_positions == 0
         self.steps.append(metrics)
         self.counts += (
-            np.sum(starts & (batch.decoder_loss_roles == ROLE_LABEL)),
+            count_targets(batch, ROLE_LABEL),
             np.count_nonzero(batch.encoder_segment_ids),
             np.count_nonzero(batch.decoder_segment_ids),
             batch.encoder_segment_ids.size,

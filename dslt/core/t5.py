@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dslt.core.batch import PAD_ID, Batch
+from dslt.core.batch import NUM_ROLES, Batch
 from dslt.core.sharding import gather_width, split_rows
 from dslt.errors import InputError
 
@@ -333,12 +333,12 @@ class T5(nnx.Module):
 
     def decode(self, encoded, batch: Batch, dropout_key=None):
         """[B, S, D] encodings and the batch's targets to hidden states [B, T, D]."""
-        inputs = shift_right(batch.decoder_target_tokens, batch.decoder_positions)
-        segment_ids = batch.decoder_segment_ids
+        inputs, segment_ids = batch.decoder_input_tokens, batch.decoder_segment_ids
+        target_ids = segment_ids * NUM_ROLES + batch.decoder_loss_roles
         positions = jnp.arange(inputs.shape[1])
         bias = self.decoder.shared_bias(positions, positions)
         causal = positions[:, None] >= positions[None, :]
-        self_mask = segment_mask(segment_ids, segment_ids) & causal
+        self_mask = segment_mask(target_ids, target_ids) & causal
         cross_mask = segment_mask(segment_ids, batch.encoder_segment_ids)
         layer_inputs = encoded, bias, self_mask, cross_mask
         hidden = self.decoder(self.embed(inputs), *layer_inputs, dropout_key=dropout_key)
@@ -417,12 +417,6 @@ def count_params(params: dict) -> int:
 def segment_mask(query_segments, key_segments):
     """[B, Q] and [B, N] segment ids to [B, 1, Q, N] bool: same segment. Padding sees padding."""
     return query_segments[:, None, :, None] == key_segments[:, None, None, :]
-
-
-def shift_right(target_tokens, positions):
-    """[B, T] targets to decoder inputs: the token before, and the start token at position 0."""
-    shifted = jnp.roll(target_tokens, 1, axis=1)
-    return jnp.where(positions == 0, PAD_ID, shifted)
 
 
 def relative_position_bucket(distances, bidirectional: bool, num_buckets: int, max_distance: int):

@@ -84,7 +84,8 @@ def make_batch(rows: int) -> Batch:
         batch.encoder_segment_ids[row] = np.where(np.arange(12) < 5, 1, 2)
         batch.decoder_target_tokens[row] = rng.integers(2, 40, 10)
         batch.decoder_segment_ids[row] = np.where(np.arange(10) < split, 1, 2)
-        batch.decoder_positions[row] = [*range(split), *range(10 - split)]
+        batch.decoder_input_tokens[row, 1:] = batch.decoder_target_tokens[row, :-1]
+        batch.decoder_input_tokens[row, [0, split]] = PAD_ID
         roles = [ROLE_LABEL] * split + [ROLE_RATIONALE] * (10 - split)
         batch.decoder_loss_roles[row] = roles if row % 2 else roles[::-1]
     batch.decoder_loss_weights[:] = 1.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE
+from dslt.core.batch import PAD_ID, ROLE_LABEL, ROLE_RATIONALE
 from dslt.data.packing import (
     PairOrder,
     RowShape,
@@ -233,8 +233,8 @@ def test_unpacking_the_rows_gives_back_every_token_of_the_window(planned):
                 pair = source[0] // 1000 - 1
                 assert source.tolist() == (1000 * (pair + 1) + np.arange(len(source))).tolist()
                 assert target.tolist() == (1000 * (pair + 1) + np.arange(len(target))).tolist()
-                positions = batch.decoder_positions[row][is_target]
-                assert positions.tolist() == list(range(len(target)))
+                inputs = batch.decoder_input_tokens[row][is_target]
+                assert inputs.tolist() == [PAD_ID, *target[:-1]]
                 assert (batch.decoder_loss_weights[row][is_target] == 1).all()
                 which = 0 if role == ROLE_LABEL else 2
                 assert (len(source), len(target)) == tuple(window[pair, which : which + 2])

@@ -46,6 +46,46 @@ def expected_segments(examples, vocabulary, use_rationales=True, label="label"):
             yield tokens("explain: " + example.input), tokens(example.rationale), ROLE_RATIONALE
 
 
+def test_with_a_shared_encoder_each_source_comes_once(config, cache_dir, examples, vocabulary):
+    """A segment holds the bare input and both targets; the start token tells them apart."""
+    prefixes = {"input_prefix_label": "", "input_prefix_rationale": ""}
+    config = dataclasses.replace(config, shared_encoder=True, **prefixes)
+    stream = open_stream(config, cache_dir)
+    by_id = {f"{example.dataset}/{example.id}": example for example in examples}
+
+    def tokens(text):
+        return [*vocabulary.encode(text), 1]
+
+    for step in range(4):
+        batch = stream.batch(step)
+        found = []
+        for row, ids in enumerate(batch.encoder_segment_ids):
+            for segment in range(1, ids.max() + 1):
+                segment_targets = []
+                for role, start in ((ROLE_LABEL, 0), (ROLE_RATIONALE, 1)):
+                    mine = (batch.decoder_segment_ids[row] == segment) & (
+                        batch.decoder_loss_roles[row] == role
+                    )
+                    target = batch.decoder_target_tokens[row][mine].tolist()
+                    inputs = batch.decoder_input_tokens[row][mine].tolist()
+                    assert inputs == ([start, *target[:-1]] if target else [])
+                    segment_targets.append(target)
+                found.append(
+                    (batch.encoder_input_tokens[row][ids == segment].tolist(), *segment_targets)
+                )
+        chosen = [by_id[name] for name in stream.examples(step)]
+        expected = [
+            (tokens(e.input), tokens(e.label), tokens(e.rationale) if e.rationale else [])
+            for e in chosen
+        ]
+        assert sorted(found) == sorted(expected)
+
+
+def test_a_shared_encoder_wants_equal_prefixes(config):
+    with pytest.raises(InputError, match="'predict: ' and input_prefix_rationale 'explain: '"):
+        dataclasses.replace(config, shared_encoder=True)
+
+
 def same(left, right):
     return all((a == b).all() and a.dtype == b.dtype for a, b in zip(left, right, strict=True))
 
