@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dslt.checkpoint.manager import CheckpointManager, Layout
 from dslt.checkpoint.student import read_params
-from dslt.core import flops, losses, sharding, t5
+from dslt.core import attention, flops, losses, sharding, t5
 from dslt.core.batch import ROLE_LABEL, Batch, count_targets, pad_rows
 from dslt.core.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from dslt.core.sharding import MeshConfig
@@ -85,6 +85,7 @@ def train(
       InputError: before anything compiles, where the start cannot be used.
     """
     mesh = sharding.make_mesh(mesh_config)
+    attention.check_platform(model_config.attention, mesh.devices.flat[0].platform)
     optimizer = make_optimizer(optimizer_config, config.num_steps)
     schedule = make_schedule(optimizer_config, config.num_steps)
     layout = Layout(model_config)

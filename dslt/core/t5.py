@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dslt.core import attention
+from dslt.core.attention import SegmentMask
 from dslt.core.batch import NUM_ROLES, Batch
+from dslt.core.dropout import dropout
 from dslt.core.sharding import gather_width, split_rows
 from dslt.errors import InputError
-
-MASKED = -1e9  # finite, so that a row of padding has a softmax too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,9 @@ class T5Config:
       dtype: of activations, `float32` or `bfloat16`. float16 overflows in T5's feed-forward.
       remat: recompute each layer in the backward pass, for memory.
       scan_unroll: layers per iteration of the scan; more compiles longer and may run faster.
+      attention: `plain`, `flash` (TPUs) or `cudnn` (GPUs); see attention.py. Cached decoding is
+        always plain.
+      attention_dropout_rate: of the softmax's weights; None is `dropout_rate`.
     """
 
     vocab_size: int = 32128
@@ -64,6 +68,8 @@ class T5Config:
     dtype: str = "float32"
     remat: bool = False
     scan_unroll: int = 1
+    attention: str = "plain"
+    attention_dropout_rate: float | None = None
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -85,10 +91,17 @@ class T5Config:
             raise InputError(
                 f"T5Config.relative_attention_num_buckets is {found}; expected at least 4"
             )
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise InputError(
-                f"T5Config.dropout_rate is {self.dropout_rate}; expected 0 <= rate < 1"
-            )
+        for field in ("dropout_rate", "attention_dropout_rate"):
+            rate = getattr(self, field)
+            if rate is not None and not 0.0 <= rate < 1.0:
+                raise InputError(f"T5Config.{field} is {rate}; expected 0 <= rate < 1")
+        attention.check_settings(self.attention, self.dtype, self.d_kv, self.weights_dropout_rate)
+
+    @property
+    def weights_dropout_rate(self) -> float:
+        """The rate at which attention weights are dropped."""
+        is_own = self.attention_dropout_rate is not None
+        return self.attention_dropout_rate if is_own else self.dropout_rate
 
 
 class KVCache(NamedTuple):
@@ -121,17 +134,27 @@ class RelativeBias(nnx.Module):
         self.embedding = _normal(rngs, shape, config.d_model**-0.5)
         self.bidirectional = bidirectional
         self.max_distance = config.relative_attention_max_distance
+        self.implementation = config.attention
 
-    def __call__(self, query_positions, key_positions):
-        """[Q] and [N] int32 positions to a bias [1, H, Q, N] float32."""
-        distances = key_positions[None, :] - query_positions[:, None]
+    def __call__(self, length: int, index=None):
+        """The bias of a sequence over itself, in the form that its attention takes.
+
+        With `index`, scalar int32: of the query there alone, [1, H, 1, N] float32.
+        """
+        if index is not None:
+            return self.by_distance(jnp.arange(length) - index)[None, :, None]
+        bias = self.by_distance(jnp.arange(1 - length, length))
+        return attention.bias_form(self.implementation, bias, length)
+
+    def by_distance(self, distances):
+        """[n] int32, key minus query position, to [H, n] float32."""
         num_buckets = self.embedding.shape[0]
         buckets = relative_position_bucket(
             distances, self.bidirectional, num_buckets, self.max_distance
         )
         # A matmul with the one-hot: its backward is a matmul too, where a gather's would scatter.
         one_hot = jax.nn.one_hot(buckets, num_buckets)
-        return jnp.einsum("qnc,ch->hqn", one_hot, self.embedding[...])[None]
+        return jnp.einsum("nc,ch->hn", one_hot, self.embedding[...], precision="highest")
 
 
 class Attention(nnx.Module):
@@ -143,21 +166,25 @@ class Attention(nnx.Module):
         self.key = _normal(rngs, (d_model, heads, head_dim), d_model**-0.5)
         self.value = _normal(rngs, (d_model, heads, head_dim), d_model**-0.5)
         self.out = _normal(rngs, (heads, head_dim, d_model), (heads * head_dim) ** -0.5)
-        self.dropout_rate = config.dropout_rate
+        self.dropout_rate = config.weights_dropout_rate
+        self.implementation = config.attention
 
     def keys_values(self, memory):
         """[B, N, D] to keys and values, each [B, N, H, K]."""
         return _project(memory, self.key), _project(memory, self.value)
 
     def attend(self, x, keys, values, bias, mask, dropout_key=None):
-        """[B, Q, D] over keys [B, N, H, K]; bias [1, H, Q, N] or None; mask [B, 1, Q, N] bool."""
-        queries = _project(x, self.query)
-        scores = jnp.einsum("bqhk,bnhk->bhqn", queries, keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            scores = scores + bias
-        weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(x.dtype)
-        weights = dropout(weights, self.dropout_rate, dropout_key)
-        mixed = jnp.einsum("bhqn,bnhk->bqhk", weights, values)
+        """[B, Q, D] over keys [B, N, H, K]; `bias` and `mask` are those of `attention.attend`."""
+        mixed = attention.attend(
+            self.implementation,
+            _project(x, self.query),
+            keys,
+            values,
+            bias,
+            mask,
+            dropout_rate=self.dropout_rate,
+            dropout_key=dropout_key,
+        )
         return _project(mixed, self.out, num_contracted=2)
 
 
@@ -198,7 +225,7 @@ class EncoderLayer(nnx.Module):
     def __call__(self, x, bias, mask, dropout_key=None):
         """[B, S, D] to [B, S, D]; `bias` is None where each layer has its own."""
         keys = _split(dropout_key, 4)
-        bias = _stack_or_own_bias(self, bias, jnp.arange(x.shape[1]), jnp.arange(x.shape[1]))
+        bias = self.relative_bias(x.shape[1]) if bias is None else bias
         normed = self.self_attention_norm(x)
         memory = self.self_attention.keys_values(normed)
         attended = self.self_attention.attend(normed, *memory, bias, mask, keys[0])
@@ -224,7 +251,7 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x, encoded, bias, self_mask, cross_mask, dropout_key=None):
         """Teacher forcing: [B, T, D] to [B, T, D] over `encoded` [B, S, D]."""
         keys = _split(dropout_key, 6)
-        bias = _stack_or_own_bias(self, bias, jnp.arange(x.shape[1]), jnp.arange(x.shape[1]))
+        bias = self.relative_bias(x.shape[1]) if bias is None else bias
         normed = self.self_attention_norm(x)
         memory = self.self_attention.keys_values(normed)
         attended = self.self_attention.attend(normed, *memory, bias, self_mask, keys[0])
@@ -240,7 +267,7 @@ class DecoderLayer(nnx.Module):
             for cached, new in zip(cache[:2], self.self_attention.keys_values(normed), strict=True)
         )
         positions = jnp.arange(keys.shape[1])
-        bias = _stack_or_own_bias(self, bias, index[None], positions)
+        bias = self.relative_bias(keys.shape[1], index) if bias is None else bias
         mask = (positions <= index)[None, None, None, :]
         x = x + self.self_attention.attend(normed, keys, values, bias, mask)
         memory = cache.cross_keys, cache.cross_values
@@ -267,11 +294,11 @@ class Stack(nnx.Module):
         self.config = config
         self.num_layers = num_layers
 
-    def shared_bias(self, query_positions, key_positions):
-        """The bias of the whole stack [1, H, Q, N], or None where layers have their own."""
+    def shared_bias(self, length: int, index=None):
+        """The RelativeBias of the whole stack, or None where layers have their own."""
         if self.config.relative_bias_per_layer:
             return None
-        return self.relative_bias(query_positions, key_positions)
+        return self.relative_bias(length, index)
 
     def __call__(self, x, *layer_inputs, dropout_key=None):
         """Runs `layer(x, *layer_inputs, key)` for each layer, then the final norm: [B, N, D]."""
@@ -326,20 +353,17 @@ class T5(nnx.Module):
 
     def encode(self, tokens, segment_ids, dropout_key=None):
         """[B, S] int32 tokens to [B, S, D]; a token attends to its own segment."""
-        positions = jnp.arange(tokens.shape[1])
-        bias = self.encoder.shared_bias(positions, positions)
-        mask = segment_mask(segment_ids, segment_ids)
+        bias = self.encoder.shared_bias(tokens.shape[1])
+        mask = SegmentMask(segment_ids, segment_ids, is_causal=False)
         return self.encoder(self.embed(tokens), bias, mask, dropout_key=dropout_key)
 
     def decode(self, encoded, batch: Batch, dropout_key=None):
         """[B, S, D] encodings and the batch's targets to hidden states [B, T, D]."""
         inputs, segment_ids = batch.decoder_input_tokens, batch.decoder_segment_ids
         target_ids = segment_ids * NUM_ROLES + batch.decoder_loss_roles
-        positions = jnp.arange(inputs.shape[1])
-        bias = self.decoder.shared_bias(positions, positions)
-        causal = positions[:, None] >= positions[None, :]
-        self_mask = segment_mask(target_ids, target_ids) & causal
-        cross_mask = segment_mask(segment_ids, batch.encoder_segment_ids)
+        bias = self.decoder.shared_bias(inputs.shape[1])
+        self_mask = SegmentMask(target_ids, target_ids, is_causal=True)
+        cross_mask = SegmentMask(segment_ids, batch.encoder_segment_ids, is_causal=False)
         layer_inputs = encoded, bias, self_mask, cross_mask
         hidden = self.decoder(self.embed(inputs), *layer_inputs, dropout_key=dropout_key)
         return self.scale_outputs(hidden)
@@ -368,7 +392,7 @@ class T5(nnx.Module):
         Returns:
           Logits [B, V] float32 and the cache with position `index` written.
         """
-        bias = self.decoder.shared_bias(index[None], jnp.arange(cache.self_keys.shape[2]))
+        bias = self.decoder.shared_bias(cache.self_keys.shape[2], index)
         cross_mask = source_mask[:, None, None, :]
         hidden, cache = self.decoder.step(
             self.embed(tokens[:, None]), cache, bias, cross_mask, index
@@ -414,11 +438,6 @@ def count_params(params: dict) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def segment_mask(query_segments, key_segments):
-    """[B, Q] and [B, N] segment ids to [B, 1, Q, N] bool: same segment. Padding sees padding."""
-    return query_segments[:, None, :, None] == key_segments[:, None, None, :]
-
-
 def relative_position_bucket(distances, bidirectional: bool, num_buckets: int, max_distance: int):
     """Buckets of key minus query position: exact when near, logarithmic up to `max_distance`.
 
@@ -450,39 +469,6 @@ def relative_position_bucket(distances, bidirectional: bool, num_buckets: int, m
     return offset + (distance[..., None] >= starts).sum(-1)
 
 
-def dropout(x, rate: float, key):
-    """Zeroes a share `rate` of the entries and scales the rest up; x itself where key is None.
-
-    Every token draws its own mask. The original T5 shares one along the length, which in a packed
-    row would tie different examples together.
-    """
-    if key is None or rate == 0.0:
-        return x
-    keep = _hashed_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
-    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
-
-
-def _hashed_bits(key, shape: tuple[int, ...]):
-    """Random uint32 for dropout: each entry's index, hashed with the key's two words.
-
-    `jax.random.bits` spends a threefry block on each entry, which on a CPU is most of a train step;
-    a mask needs less. As there, the bits depend on key and shape alone, not on the sharding.
-
-    Source: the finaliser of MurmurHash3 (Appleby, public domain), twice.
-    """
-    first, second = jax.random.key_data(key)
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        index = index * jnp.uint32(shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return _mix(_mix(index ^ first) + second)
-
-
-def _mix(x):
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape))
 
@@ -501,7 +487,3 @@ def _project(x, weight: nnx.Param, num_contracted: int = 1):
 
 def _split(key, num: int):
     return [None] * num if key is None else jax.random.split(key, num)
-
-
-def _stack_or_own_bias(layer, bias, query_positions, key_positions):
-    return layer.relative_bias(query_positions, key_positions) if bias is None else bias
