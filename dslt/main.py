@@ -282,6 +282,7 @@ def describe_run(run, configs, stream, vocabulary) -> None:
         input_prefix_rationale=data.input_prefix_rationale,
         max_input_length=data.max_input_length,
         max_target_length=data.max_target_length,
+        rationale_start_id=data.rationale_start_id,
     ).write(run.student)
     run.update_info(
         state="running",
@@ -366,12 +367,21 @@ def evaluate(args) -> None:
     truncated = sum(example.is_truncated for example in examples)
     if truncated:
         print(f"warning: {truncated} of {len(examples)} inputs are cut to max_input_length")
+    answer_sets = None
+    if configs.evaluate.answers != "open":
+        answer_sets = make_answer_sets(
+            [(f"example {e.example.id!r}", e.example.input) for e in examples],
+            configs.evaluate,
+            vocabulary,
+        )
     rows = judge.evaluate_run(
         run,
         configs.evaluate,
         configs.mesh,
         examples=examples,
         decode_text=vocabulary.decode,
+        rationale_start_id=configs.data.rationale_start_id,
+        answer_sets=answer_sets,
         follow=args.follow,
         steps=args.step,
     )
@@ -381,6 +391,41 @@ def evaluate(args) -> None:
     else:
         print(f"best on validation: {judge.describe(best)}")
         print(f"predictions: {run.evaluation(best['step']) / 'predictions.jsonl'}")
+
+
+def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> list:
+    """What each input may be answered with: the config's labels, or the choices that it lists.
+
+    Args:
+      inputs: how an error calls each, and its text.
+
+    Raises:
+      InputError: an input has no answers to choose from, or an answer is too long.
+    """
+    from dslt.core.batch import EOS_ID
+    from dslt.evaluate import AnswerSet
+    from dslt.teacher.parse import choices_in
+
+    sets: dict[tuple[str, ...], AnswerSet] = {}
+    chosen = []
+    for name, text in inputs:
+        texts = tuple(dict.fromkeys(config.labels or choices_in(text)))
+        if not texts:
+            raise InputError(
+                f"{name}: answers is {config.answers!r}, but its text lists no `Answer Choices:`; "
+                "give the labels to choose from, or let answers be 'open'"
+            )
+        if texts not in sets:
+            tokens = tuple((*vocabulary.encode(answer), EOS_ID) for answer in texts)
+            for answer, ids in zip(texts, tokens, strict=True):
+                if len(ids) > config.max_label_length:
+                    raise InputError(
+                        f"{name}: the answer {answer!r} has {len(ids)} tokens; expected at most "
+                        f"max_label_length = {config.max_label_length}"
+                    )
+            sets[texts] = AnswerSet(texts, tokens)
+        chosen.append(sets[texts])
+    return chosen
 
 
 # ---------------------------------------------------------------------------------------------
@@ -404,23 +449,59 @@ def add_predict(commands) -> None:
     command.add_argument("--max_label_length", type=positive, default=64, metavar="TOKENS")
     command.add_argument("--max_rationale_length", type=positive, default=256, metavar="TOKENS")
 
+    given = {"default": argparse.SUPPRESS}  # the defaults are EvalConfig's
+    choice = command.add_argument_group("answers of a set")
+    choice.add_argument(
+        "--answers",
+        choices=("open", "trie", "likelihood"),
+        help="any text; greedily within the set; or the set's most likely, with its probability",
+        **given,
+    )
+    choice.add_argument(
+        "--label",
+        action="append",
+        dest="labels",
+        help="of the set, repeatable; without any an input's own `Answer Choices:`",
+        **given,
+    )
+
+    tokens = command.add_argument_group("choice of tokens")
+    tokens.add_argument("--strategy", choices=("greedy", "sample", "beam"), **given)
+    tokens.add_argument("--temperature", type=float, help="of sample", **given)
+    tokens.add_argument("--top_k", type=int, help="of sample; 0 takes all tokens", **given)
+    tokens.add_argument("--top_p", type=float, help="of sample; 1 takes all tokens", **given)
+    tokens.add_argument("--seed", type=int, help="of sample", **given)
+    tokens.add_argument("--num_beams", type=int, help="of beam", **given)
+    tokens.add_argument("--length_penalty", type=float, help="of beam", **given)
+    tokens.add_argument("--early_stopping", action="store_true", help="of beam", **given)
+
 
 def predict(args) -> None:
     """Prints an object a line: input, prediction, rationale if asked, and the truth if known."""
+    import dataclasses
     import json
     from pathlib import Path
 
+    from dslt import evaluate as judge
     from dslt.core.sharding import MeshConfig
     from dslt.data.vocabulary import encode_with_eos, load_vocabulary
-    from dslt.evaluate import Decoder
 
+    fields = {field.name for field in dataclasses.fields(judge.EvalConfig)}
+    given = {name: value for name, value in vars(args).items() if name in fields}
+    if "labels" in given:
+        given |= {"labels": tuple(args.labels), "answers": given.get("answers", "likelihood")}
+    config = judge.EvalConfig(**given)
     path = Path(args.student)
     format, vocabulary_path = student_files(path)
     rows = read_inputs(args.input_file, args.split)[: args.limit]
     vocabulary = load_vocabulary(vocabulary_path)
-    decoder = Decoder(path, MeshConfig(), args.rows)
+    answer_sets = None
+    if config.answers != "open":
+        named = [(f"input {i}", row["input"]) for i, row in enumerate(rows, start=1)]
+        answer_sets = make_answer_sets(named, config, vocabulary)
+    decoder = judge.Decoder(path, MeshConfig(), args.rows)
 
-    def answer(prefix: str, max_length: int, name: str) -> list[str]:
+    def encode(prefix: str) -> list:
         encoded = [
             encode_with_eos(vocabulary, prefix + row["input"], format.max_input_length)
             for row in rows
@@ -429,16 +510,26 @@ def predict(args) -> None:
         if truncated:
             cut = f"warning: {truncated} inputs were cut at {format.max_input_length} tokens"
             print(cut, file=sys.stderr)
-        decoded = decoder([tokens for tokens, _ in encoded], max_length, name)
-        return [vocabulary.decode(tokens) for tokens in decoded]
+        return [tokens for tokens, _ in encoded]
 
-    answers = {"prediction": answer(format.input_prefix_label, args.max_label_length, "labels")}
+    inputs = encode(format.input_prefix_label)
+    texts, distributions = judge.answer(decoder, inputs, config, vocabulary.decode, answer_sets)
+    answers = {"prediction": texts}
+    if distributions:
+        answers["probability"] = [max(row.values()) for row in distributions]
+        answers["distribution"] = distributions
     if args.rationales:
-        answers["rationale"] = answer(
-            format.input_prefix_rationale, args.max_rationale_length, "rationales"
+        inputs = encode(format.input_prefix_rationale)
+        decoded = decoder(
+            inputs,
+            config.max_rationale_length,
+            "rationales",
+            config,
+            start_id=format.rationale_start_id,
         )
+        answers["rationale"] = [vocabulary.decode(tokens) for tokens in decoded]
     for i, row in enumerate(rows):
-        row |= {name: texts[i] for name, texts in answers.items()}
+        row |= {name: values[i] for name, values in answers.items()}
         if args.format == "jsonl":
             print(json.dumps(row, ensure_ascii=False))
         else:

@@ -90,6 +90,25 @@ def plain_attention(queries, keys, values, bias, mask, dropout_rate=0.0, dropout
     return jnp.einsum("bhqn,bnhk->bqhk", weights, values)
 
 
+def cached_attention(queries, keys, values, bias, mask):
+    """One new position over cached ones, whose heads lie before positions.
+
+    Args:
+      queries: [B, Q, H, K].
+      keys, values: [B, H, N, K].
+      bias: [1, H, 1, N] float32 or None.
+      mask: [B, 1, Q, N] bool.
+
+    Returns:
+      [B, Q, H, K].
+    """
+    scores = jnp.einsum("bqhk,bhnk->bhqn", queries, keys, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(values.dtype)
+    return jnp.einsum("bhqn,bhnk->bqhk", weights, values)
+
+
 def fused_attention(queries, keys, values, bias, mask, implementation: str = "cudnn"):
     """As `plain_attention` without dropout, by `jax.nn.dot_product_attention`.
 

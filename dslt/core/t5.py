@@ -18,6 +18,7 @@ Source: the architecture of Raffel et al. 2020 (arXiv 1910.10683) and Shazeer 20
 
 import dataclasses
 import math
+import operator
 from typing import NamedTuple
 
 import jax
@@ -104,12 +105,18 @@ class T5Config:
         return self.attention_dropout_rate if is_own else self.dropout_rate
 
 
-class KVCache(NamedTuple):
-    """What the decoder keeps between steps. Keys and values: [L, B, length, H, K]."""
+class LayerCache(NamedTuple):
+    """What one decoder layer keeps between steps.
 
-    self_keys: jax.Array  # [L, B, T, H, K]
+    The self-attention's N positions are a ring: step t writes column t mod N of all rows at once,
+    whenever each row began. T5 knows relative positions alone, so a column's bias is that of its
+    distance in steps, the same in all rows; which columns a row may see is a mask. N lies before K
+    (heads before positions): each head's keys are one matrix.
+    """
+
+    self_keys: jax.Array  # [B, H, N, M, K]: M beams of a row
     self_values: jax.Array
-    cross_keys: jax.Array  # [L, B, S, H, K]
+    cross_keys: jax.Array  # [B, H, S, K]: once, for all beams
     cross_values: jax.Array
 
 
@@ -136,15 +143,14 @@ class RelativeBias(nnx.Module):
         self.max_distance = config.relative_attention_max_distance
         self.implementation = config.attention
 
-    def __call__(self, length: int, index=None):
-        """The bias of a sequence over itself, in the form that its attention takes.
-
-        With `index`, scalar int32: of the query there alone, [1, H, 1, N] float32.
-        """
-        if index is not None:
-            return self.by_distance(jnp.arange(length) - index)[None, :, None]
+    def __call__(self, length: int):
+        """The bias of a sequence over itself, in the form that its attention takes."""
         bias = self.by_distance(jnp.arange(1 - length, length))
         return attention.bias_form(self.implementation, bias, length)
+
+    def to_keys(self, distances):
+        """The bias of one query over keys at these distances, [N] int32: [1, H, 1, N] float32."""
+        return self.by_distance(distances)[None, :, None]
 
     def by_distance(self, distances):
         """[n] int32, key minus query position, to [H, n] float32."""
@@ -185,6 +191,12 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
         )
+        return _project(mixed, self.out, num_contracted=2)
+
+    def attend_cached(self, x, keys, values, bias, mask):
+        """[B, Q, D] over cached keys [B, H, N, K]; bias [1, H, 1, N] or None; mask [B, 1, Q, N]."""
+        queries = _project(x, self.query)
+        mixed = attention.cached_attention(queries, keys, values, bias, mask)
         return _project(mixed, self.out, num_contracted=2)
 
 
@@ -259,20 +271,23 @@ class DecoderLayer(nnx.Module):
         memory = self.cross_attention.keys_values(encoded)
         return self._after_self_attention(x, memory, cross_mask, keys[2:])
 
-    def step(self, x, cache: KVCache, bias, cross_mask, index):
-        """One position with a cache of this layer: [B, 1, D], and its self keys and values."""
+    def step(self, x, cache: LayerCache, column, bias, self_mask, cross_mask, distances):
+        """One token of each beam: [B, M, D], and the cache with `column` written."""
         normed = self.self_attention_norm(x)
         keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(cached, new, index, axis=1)
+            jax.lax.dynamic_update_slice_in_dim(
+                cached, new.swapaxes(1, 2)[:, :, None], column, axis=2
+            )
             for cached, new in zip(cache[:2], self.self_attention.keys_values(normed), strict=True)
         )
-        positions = jnp.arange(keys.shape[1])
-        bias = self.relative_bias(keys.shape[1], index) if bias is None else bias
-        mask = (positions <= index)[None, None, None, :]
-        x = x + self.self_attention.attend(normed, keys, values, bias, mask)
+        bias = self.relative_bias.to_keys(distances) if bias is None else bias
+        flat = (array.reshape(*array.shape[:2], -1, array.shape[-1]) for array in (keys, values))
+        x = x + self.self_attention.attend_cached(normed, *flat, bias, self_mask)
         memory = cache.cross_keys, cache.cross_values
-        x = self._after_self_attention(x, memory, cross_mask, _split(None, 4))
-        return x, (keys, values)
+        normed = self.cross_attention_norm(x)
+        x = x + self.cross_attention.attend_cached(normed, *memory, None, cross_mask)
+        x = x + self.feed_forward(self.feed_forward_norm(x))
+        return x, cache._replace(self_keys=keys, self_values=values)
 
     def _after_self_attention(self, x, memory, cross_mask, keys):
         normed = self.cross_attention_norm(x)
@@ -294,11 +309,11 @@ class Stack(nnx.Module):
         self.config = config
         self.num_layers = num_layers
 
-    def shared_bias(self, length: int, index=None):
+    def shared_bias(self, length: int):
         """The RelativeBias of the whole stack, or None where layers have their own."""
         if self.config.relative_bias_per_layer:
             return None
-        return self.relative_bias(length, index)
+        return self.relative_bias(length)
 
     def __call__(self, x, *layer_inputs, dropout_key=None):
         """Runs `layer(x, *layer_inputs, key)` for each layer, then the final norm: [B, N, D]."""
@@ -316,17 +331,14 @@ class Stack(nnx.Module):
         x, _ = jax.lax.scan(run_layer, x, (params, layer_keys), unroll=self.config.scan_unroll)
         return dropout(self.final_norm(x), self.config.dropout_rate, keys[1])
 
-    def step(self, x, cache: KVCache, bias, cross_mask, index):
-        """One cached position through all layers: [B, 1, D] and the cache written."""
-        graphdef, params = nnx.split(self.layers)
-
-        def run_layer(x, layer):
-            layer_params, layer_cache = layer
-            return nnx.merge(graphdef, layer_params).step(x, layer_cache, bias, cross_mask, index)
-
-        unroll = self.config.scan_unroll
-        x, (keys, values) = jax.lax.scan(run_layer, x, (params, cache), unroll=unroll)
-        return self.final_norm(x), cache._replace(self_keys=keys, self_values=values)
+    def step(self, x, layers, cache: list[LayerCache], *layer_inputs):
+        """One cached token through all `layers` of `unstack`: [B, M, D] and the cache written."""
+        graphdef = nnx.graphdef(self.layers)
+        written = []
+        for layer_params, layer_cache in zip(layers, cache, strict=True):
+            x, layer_cache = nnx.merge(graphdef, layer_params).step(x, layer_cache, *layer_inputs)
+            written.append(layer_cache)
+        return self.final_norm(x), written
 
 
 class T5(nnx.Module):
@@ -368,36 +380,44 @@ class T5(nnx.Module):
         hidden = self.decoder(self.embed(inputs), *layer_inputs, dropout_key=dropout_key)
         return self.scale_outputs(hidden)
 
-    def init_cache(self, encoded, max_length: int) -> KVCache:
-        """Cross keys and values of [B, S, D], once, and room for `max_length` decoded positions."""
-        graphdef, params = nnx.split(self.decoder.layers)
+    def cross_keys_values(self, encoded, layers) -> list[tuple[jax.Array, jax.Array]]:
+        """The cross-attention's keys and values of [B, S, D], [B, H, S, K] in each layer."""
+        graphdef = nnx.graphdef(self.decoder.layers)
+        projected = []
+        for layer_params in layers:
+            layer = nnx.merge(graphdef, layer_params)
+            keys_values = layer.cross_attention.keys_values(encoded)
+            projected.append(tuple(x.swapaxes(1, 2) for x in keys_values))
+        return projected
 
-        def project(layer_params):
-            return nnx.merge(graphdef, layer_params).cross_attention.keys_values(encoded)
+    def decode_step(self, tokens, layers, cache, source_mask, step, can_see):
+        """The logits after one more token of each row, or of each of its M beams.
 
-        cross_keys, cross_values = jax.lax.map(project, params)
-        layers, rows, _, heads, head_dim = cross_keys.shape
-        empty = jnp.zeros((layers, rows, max_length, heads, head_dim), encoded.dtype)
-        return KVCache(empty, empty, cross_keys, cross_values)
-
-    def decode_step(self, tokens, cache: KVCache, source_mask, index):
-        """The logits after one more token.
+        The layers are not scanned: the cache of a scan is copied at every step.
 
         Args:
-          tokens: [B] int32, the token at position `index` of the decoder's input.
-          cache: of the positions before `index`.
+          tokens: [B, M] int32, each beam's newest token.
+          layers: of `unstack_layers`.
+          cache: a LayerCache a layer.
           source_mask: [B, S] bool, true at the source's tokens.
-          index: scalar int32.
+          step: scalar int32; writes column `step` mod N of the cache.
+          can_see: [B, M, N, M] bool; whose keys in which columns a beam attends to.
 
         Returns:
-          Logits [B, V] float32 and the cache with position `index` written.
+          Logits [B, M, V] float32 and the cache with a column written.
         """
-        bias = self.decoder.shared_bias(cache.self_keys.shape[2], index)
-        cross_mask = source_mask[:, None, None, :]
-        hidden, cache = self.decoder.step(
-            self.embed(tokens[:, None]), cache, bias, cross_mask, index
+        rows, beams, length, _ = can_see.shape
+        distances = jnp.repeat(-ring_distances(step, length), beams)
+        has_shared_bias = not self.config.relative_bias_per_layer
+        inputs = (
+            step % length,
+            self.decoder.relative_bias.to_keys(distances) if has_shared_bias else None,
+            can_see.reshape(rows, 1, beams, length * beams),
+            source_mask[:, None, None, :],
+            distances,
         )
-        return self.logits(self.scale_outputs(hidden))[:, 0], cache
+        hidden, cache = self.decoder.step(self.embed(tokens), layers, cache, *inputs)
+        return self.logits(self.scale_outputs(hidden)), cache
 
     def embed(self, tokens):
         """[B, N] int32 to [B, N, D]."""
@@ -436,6 +456,18 @@ def abstract_params(config: T5Config) -> tuple[nnx.GraphDef, dict]:
 def count_params(params: dict) -> int:
     """The number of scalars in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def unstack_layers(params: dict) -> list[dict]:
+    """The decoder's parameters layer by layer, as decoding takes them."""
+    stacked = params["decoder"]["layers"]
+    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    return [jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(num_layers)]
+
+
+def ring_distances(step, length: int):
+    """[length] int32: how many steps ago each column of a ring was last written; 0 is `step`."""
+    return (step - jnp.arange(length, dtype=jnp.int32)) % length
 
 
 def relative_position_bucket(distances, bidirectional: bool, num_buckets: int, max_distance: int):
