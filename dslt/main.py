@@ -48,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dslt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (add_extract, add_train, add_evaluate, add_predict, add_export, add_import):
+    stages = (add_extract, add_train, add_evaluate, add_predict, add_export, add_import, add_bench)
+    for add in stages:
         add(commands)
     return parser
 
@@ -652,6 +653,74 @@ def import_student(args) -> None:
     vocabulary.save(run.vocabulary)
     format.write(run.student)
     print(f"imported {source} to {run.path}")
+
+
+# ---------------------------------------------------------------------------------------------
+# bench: how fast a run is on the devices at hand
+
+
+def add_bench(commands) -> None:
+    command = add_command(commands, "bench", bench, "measure a run's speed on this machine")
+    command.add_argument("gin_files", nargs="+", help="as for `dslt train`")
+    command.add_argument(
+        "--against",
+        choices=("hf",),
+        help="the same beside PyTorch's `transformers`, in the same process",
+    )
+    command.add_argument("--steps", type=positive, default=10, help="measured train steps")
+    command.add_argument(
+        "--decode", type=int, default=64, metavar="INPUTS", help="decoded inputs; 0 for none"
+    )
+    command.add_argument("--repetitions", type=positive, default=3, help="of all decoded inputs")
+    command.add_argument("--output", help="a JSON file for the figures")
+    add_gin_flag(command)
+
+
+def bench(args) -> None:
+    """Prints what was measured, a line a figure."""
+    import tempfile
+    from pathlib import Path
+
+    import jax
+
+    from dslt import bench as measure
+    from dslt import config
+    from dslt.data.pipeline import count_splits, eval_inputs
+    from dslt.workdir import RunDir, write_json
+
+    configs = config.parse(args.gin_files, args.gin)
+    if args.against:
+        require_torch()
+    figures = {}
+    with tempfile.TemporaryDirectory() as directory:
+        run = RunDir(Path(directory))
+        stream, vocabulary = open_train_stream(run, configs)
+        counts = count_splits(configs.data)
+        split = next(name for name in ("validation", "test", "train") if counts[name])
+        for line in stream.report():
+            print(f"data        {line}")
+        print(f"devices     {len(jax.devices())} x {jax.devices()[0].device_kind}")
+        for text, values in measure.bench(
+            configs,
+            batch=stream.batch,
+            inputs=eval_inputs(configs.data, split, vocabulary)[: args.decode],
+            vocabulary=run.vocabulary,
+            against=args.against,
+            steps=args.steps,
+            repetitions=args.repetitions,
+        ):
+            print(text, flush=True)
+            figures |= values
+    if args.output:
+        write_json(Path(args.output), figures)
+
+
+def require_torch() -> None:
+    """Raises InputError where PyTorch is missing."""
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        raise InputError("--against hf needs PyTorch; install the extra: pip install '.[parity]'")
 
 
 def add_gin_flag(command) -> None:

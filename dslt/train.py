@@ -136,25 +136,37 @@ def initial_state(config, model_config, optimizer, mesh, manager) -> tuple:
     3. `init_from` is a Hugging Face directory: its parameters, step 0;
     4. from scratch, by `seed`.
     """
-    graphdef, abstract_params = t5.abstract_params(model_config)
-    abstract = jax.eval_shape(partial(init_state, optimizer=optimizer), abstract_params)
-    abstract = sharding.with_shardings(mesh, abstract)
-    shardings = sharding.state_shardings(mesh, abstract)
+    graphdef, abstract = abstract_state(model_config, optimizer, mesh)
     if manager.steps():
         newest = manager.steps()[-1]
         print(f"Resuming {manager.directory} after step {newest}.")
         return graphdef, manager.restore(newest, abstract)
-    if config.init_from:
-        print(f"Starting from the parameters in {config.init_from}.")
-        params = read_params(Path(config.init_from), model_config, abstract.params)
-    else:
+    if not config.init_from:
         print(f"Starting from scratch with seed {config.seed}.")
-        initialise = jax.jit(
-            lambda: t5.init_params(model_config, config.seed)[1], out_shardings=shardings.params
-        )
-        params = initialise()
+        return scratch_state(config, model_config, optimizer, mesh)
+    print(f"Starting from the parameters in {config.init_from}.")
+    params = read_params(Path(config.init_from), model_config, abstract.params)
+    shardings = sharding.state_shardings(mesh, abstract)
     make_state = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=shardings)
     return graphdef, make_state(params)
+
+
+def abstract_state(model_config: T5Config, optimizer, mesh) -> tuple:
+    """The graph definition and a TrainState of `jax.ShapeDtypeStruct`s with their shardings."""
+    graphdef, abstract_params = t5.abstract_params(model_config)
+    abstract = jax.eval_shape(partial(init_state, optimizer=optimizer), abstract_params)
+    return graphdef, sharding.with_shardings(mesh, abstract)
+
+
+def scratch_state(config: TrainConfig, model_config: T5Config, optimizer, mesh) -> tuple:
+    """The graph definition and a fresh state, by `config.seed`, placed on the mesh."""
+    graphdef, abstract = abstract_state(model_config, optimizer, mesh)
+    shardings = sharding.state_shardings(mesh, abstract)
+    initialise = jax.jit(
+        lambda: t5.init_params(model_config, config.seed)[1], out_shardings=shardings.params
+    )
+    make_state = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=shardings)
+    return graphdef, make_state(initialise())
 
 
 def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, state, mesh):

@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "data": ("data", "core.batch", "records", "metrics"),
     "teacher": ("teacher", "records", "metrics"),
     "checkpoint": ("checkpoint", "core"),
+    "bench": (*STAGE, "train", "bench_reference"),
+    "bench_reference": ("core",),
     "config": None,
     "main": None,
 }

@@ -25,6 +25,7 @@ CHUNK_TOKENS = 512  # on each device; 64 MB of float32 logits over 32,128 pieces
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
+@jax.named_scope("output_layer")
 def linear_cross_entropy(
     hidden: jax.Array,
     weight: jax.Array,
@@ -49,6 +50,7 @@ def linear_cross_entropy(
     return _on_mesh(hidden, weight, targets, token_weights, chunk_tokens, with_gradients=False)[:3]
 
 
+@jax.named_scope("output_layer")
 def _forward(hidden, weight, targets, token_weights, chunk_tokens):
     *values, d_hidden, d_weight = _on_mesh(
         hidden, weight, targets, token_weights, chunk_tokens, with_gradients=True

@@ -127,6 +127,7 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.d_model))
         self.epsilon = config.layer_norm_epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x):
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
@@ -175,10 +176,12 @@ class Attention(nnx.Module):
         self.dropout_rate = config.weights_dropout_rate
         self.implementation = config.attention
 
+    @jax.named_scope("attention")
     def keys_values(self, memory):
         """[B, N, D] to keys and values, each [B, N, H, K]."""
         return _project(memory, self.key), _project(memory, self.value)
 
+    @jax.named_scope("attention")
     def attend(self, x, keys, values, bias, mask, dropout_key=None):
         """[B, Q, D] over keys [B, N, H, K]; `bias` and `mask` are those of `attention.attend`."""
         mixed = attention.attend(
@@ -193,6 +196,7 @@ class Attention(nnx.Module):
         )
         return _project(mixed, self.out, num_contracted=2)
 
+    @jax.named_scope("attention")
     def attend_cached(self, x, keys, values, bias, mask):
         """[B, Q, D] over cached keys [B, H, N, K]; bias [1, H, 1, N] or None; mask [B, 1, Q, N]."""
         queries = _project(x, self.query)
@@ -214,6 +218,7 @@ class FeedForward(nnx.Module):
         self.wo = _normal(rngs, (d_ff, d_model), d_ff**-0.5)
         self.dropout_rate = config.dropout_rate
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x, dropout_key=None):
         if self.is_gated:
             hidden = jax.nn.gelu(_project(x, self.wi_0), approximate=True) * _project(x, self.wi_1)
@@ -309,6 +314,7 @@ class Stack(nnx.Module):
         self.config = config
         self.num_layers = num_layers
 
+    @jax.named_scope("attention")
     def shared_bias(self, length: int):
         """The RelativeBias of the whole stack, or None where layers have their own."""
         if self.config.relative_bias_per_layer:
@@ -363,12 +369,14 @@ class T5(nnx.Module):
         encoded = self.encode(batch.encoder_input_tokens, batch.encoder_segment_ids, encoder_key)
         return self.decode(encoded, batch, decoder_key)
 
+    @jax.named_scope("encoder")
     def encode(self, tokens, segment_ids, dropout_key=None):
         """[B, S] int32 tokens to [B, S, D]; a token attends to its own segment."""
         bias = self.encoder.shared_bias(tokens.shape[1])
         mask = SegmentMask(segment_ids, segment_ids, is_causal=False)
         return self.encoder(self.embed(tokens), bias, mask, dropout_key=dropout_key)
 
+    @jax.named_scope("decoder")
     def decode(self, encoded, batch: Batch, dropout_key=None):
         """[B, S, D] encodings and the batch's targets to hidden states [B, T, D]."""
         inputs, segment_ids = batch.decoder_input_tokens, batch.decoder_segment_ids
@@ -419,6 +427,7 @@ class T5(nnx.Module):
         hidden, cache = self.decoder.step(self.embed(tokens), layers, cache, *inputs)
         return self.logits(self.scale_outputs(hidden)), cache
 
+    @jax.named_scope("embedding")
     def embed(self, tokens):
         """[B, N] int32 to [B, N, D]."""
         embedded = jnp.take(gather_width(self.token_embedding[...]), tokens, axis=0)
@@ -434,6 +443,7 @@ class T5(nnx.Module):
             return self.token_embedding[...].T
         return self.lm_head[...]
 
+    @jax.named_scope("output_layer")
     def logits(self, hidden):
         """[B, N, D], as `hidden` gives it, to [B, N, V] float32."""
         weight = self.output_weight().astype(hidden.dtype)

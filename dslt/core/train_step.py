@@ -100,11 +100,13 @@ def train_step(
         (loss, sums), grads = _accumulate(
             gradient, state.params, batch, step_key, accumulation_steps
         )
-    grad_norm = optax.tree.norm(grads)
-    if clip_norm:
-        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / (grad_norm + 1e-12)), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        grad_norm = optax.tree.norm(grads)
+        if clip_norm:
+            scale = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, sums, grad_norm)
 
 
