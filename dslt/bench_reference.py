@@ -25,7 +25,10 @@ IGNORED = -100  # what PyTorch's cross-entropy leaves out
 
 
 class HuggingFaceT5:
-    """A T5 of `transformers` on the accelerator, if PyTorch sees one, else on the CPU."""
+    """A T5 of `transformers` on the accelerator, if PyTorch sees one, else on the CPU.
+
+    `loss` is that of the last step.
+    """
 
     def __init__(
         self,
@@ -78,7 +81,9 @@ class HuggingFaceT5:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._wait()
-        return time.perf_counter() - started_secs
+        secs = time.perf_counter() - started_secs
+        self.loss = loss.item()
+        return secs
 
     def generate(self, inputs: Sequence[np.ndarray], rows: int, max_length: int) -> list[list[int]]:
         """Greedy answers, `rows` inputs at a time, sorted by length; tokens before EOS."""
@@ -127,15 +132,17 @@ class HuggingFaceT5:
             torch.cuda.synchronize()
 
 
-def fastest(batch: Batch, *arguments) -> tuple[HuggingFaceT5, str]:
-    """Eager or compiled, whichever is faster on this batch after a warm-up, and its name."""
+def fastest(batches: Sequence[Batch], *arguments) -> tuple[HuggingFaceT5, str]:
+    """Eager or compiled, whichever is faster on these batches after a warm-up, and its name."""
     eager = HuggingFaceT5(*arguments)
-    eager.run(batch)
-    eager_secs = min(eager.run(batch) for _ in range(3))
     compiled = HuggingFaceT5(*arguments, is_compiled=True)
+    for batch in batches:
+        eager.run(batch)
+    eager_secs = min(eager.run(batch) for batch in batches)
     try:
-        compiled.run(batch)
-        compiled_secs = min(compiled.run(batch) for _ in range(3))
+        for batch in batches:  # each shape may be a compilation, until they are taken as variable
+            compiled.run(batch)
+        compiled_secs = min(compiled.run(batch) for batch in batches)
     except Exception as error:  # no compiler here, or a graph that it cannot take: say so, go on
         return eager, f"eager (torch.compile failed: {type(error).__name__})"
     secs = f"eager {eager_secs:.3g} s, compiled {compiled_secs:.3g} s a step"
