@@ -101,6 +101,30 @@ def gather_width(table: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(table, PartitionSpec("tensor", None))
 
 
+def gather_matrix(matrix: jax.Array, is_split_last: bool) -> jax.Array:
+    """A layer's matrix, whole over fsdp where it is used; itself outside of `inside`.
+
+    Said in two steps, split and then whole, so that the gradient goes back the same way: one gather
+    in the forward, one in the backward (a rematerialised layer needed two), one reduce-scatter. TPU
+    compilers form a reduce-scatter along the first dimension alone, so a matrix whose last one is
+    split is gathered transposed; otherwise its whole gradient is summed on every device.
+
+    Args:
+      matrix: [D, N], or [N, D] where `is_split_last`; D is the model dimension, split over fsdp.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return matrix
+    if is_split_last:
+        return gather_matrix(matrix.T, is_split_last=False).T
+    fsdp, tensor = (
+        axis if size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(("fsdp", "tensor"), matrix.shape, strict=True)
+    )
+    split = jax.lax.with_sharding_constraint(matrix, PartitionSpec(fsdp, tensor))
+    return jax.lax.with_sharding_constraint(split, PartitionSpec(None, tensor))
+
+
 def row_multiple(mesh: Mesh, accumulation_steps: int = 1) -> int:
     """A batch's rows must be a multiple of this; `batch.pad_rows` makes them so."""
     return mesh.shape["data"] * mesh.shape["fsdp"] * accumulation_steps

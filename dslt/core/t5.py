@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dslt.core.batch import PAD_ID, Batch
-from dslt.core.sharding import gather_width, split_rows
+from dslt.core.sharding import gather_matrix, gather_width, split_rows
 from dslt.errors import InputError
 
 MASKED = -1e9  # finite, so that a row of padding has a softmax too
@@ -158,7 +158,7 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(x.dtype)
         weights = dropout(weights, self.dropout_rate, dropout_key)
         mixed = jnp.einsum("bhqn,bnhk->bqhk", weights, values)
-        return _project(mixed, self.out, num_contracted=2)
+        return _project(mixed, self.out, num_contracted=2, is_split_last=True)
 
 
 class FeedForward(nnx.Module):
@@ -180,7 +180,8 @@ class FeedForward(nnx.Module):
             hidden = jax.nn.gelu(_project(x, self.wi_0), approximate=True) * _project(x, self.wi_1)
         else:
             hidden = jax.nn.relu(_project(x, self.wi))
-        return _project(dropout(hidden, self.dropout_rate, dropout_key), self.wo)
+        hidden = dropout(hidden, self.dropout_rate, dropout_key)
+        return _project(hidden, self.wo, is_split_last=True)
 
 
 class EncoderLayer(nnx.Module):
@@ -485,8 +486,10 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape))
 
 
-def _project(x, weight: nnx.Param, num_contracted: int = 1):
+def _project(x, weight: nnx.Param, num_contracted: int = 1, is_split_last: bool = False):
     """x [B, N, ...] by a weight whose first `num_contracted` dimensions are x's last: [B, N, ...].
+
+    `is_split_last` says that the weight's last dimension is the one over fsdp, not its first.
 
     Written as one product of matrices: the gradient of a three-dimensional product transposes its
     operands on a CPU, and the feed-forward's backward then takes four times as long.
@@ -494,6 +497,8 @@ def _project(x, weight: nnx.Param, num_contracted: int = 1):
     weight = weight[...].astype(x.dtype)
     contracted, kept = weight.shape[:num_contracted], weight.shape[num_contracted:]
     matrix = weight.reshape(math.prod(contracted), math.prod(kept))
+    if x.shape[1] > 1:  # to decode one position, moving activations is cheaper: XLA may choose
+        matrix = gather_matrix(matrix, is_split_last)
     return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[:2], *kept)
 
 
