@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "data": ("data", "core.batch", "records", "metrics"),
     "teacher": ("teacher", "records", "metrics"),
     "checkpoint": ("checkpoint", "core"),
+    "plan": ("core", "train", "evaluate"),
     "config": None,
     "main": None,
 }

@@ -162,9 +162,7 @@ def _callees(instruction: Instruction) -> list[str]:
     return found + re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest)
 
 
-def _trip_count(
-    loop: Instruction, computations: Mapping[str, list[Instruction]]
-) -> int | None:
+def _trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int | None:
     """XLA's own count where it says one, else the constant that the loop's counter stays below.
 
     JAX's scans count from 0 by 1. A `while_loop` that may end earlier is counted to its bound.
@@ -222,8 +220,8 @@ def _arrays(type_text: str) -> list[tuple[str, float]]:
     arrays = []
     for dtype, dims in _ARRAY.findall(type_text):
         bits = re.search(r"\d+", dtype)
-        size = _BYTES.get(dtype) or (int(bits[0]) / 8 if bits else 0)
-        arrays.append((f"{dtype}[{dims}]", size * math.prod(map(int, dims.split(",") if dims else ()))))
+        width = _BYTES.get(dtype) or (int(bits[0]) / 8 if bits else 0)
+        arrays.append((f"{dtype}[{dims}]", width * math.prod(_ints(dims))))
     return arrays
 
 
@@ -261,7 +259,9 @@ def _axes(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes along which the members of a group differ."""
     if not len(groups):
         return ()
-    places = np.stack(np.unravel_index(groups, tuple(mesh_shape.values())), -1)  # group, member, axis
+    places = np.stack(
+        np.unravel_index(groups, tuple(mesh_shape.values())), -1
+    )  # group, member, axis
     differs = (places != places[:, :1]).any((0, 1))
     axes = tuple(name for name, is_spanned in zip(mesh_shape, differs, strict=True) if is_spanned)
     is_pairs = groups.shape[1] == 2  # a permutation's pairs need not span their axis

@@ -1,13 +1,15 @@
-"""Slices by name, what their chips have, and devices to compile for: the hardware need not be there.
+"""Slices by name, what their chips have, and devices to compile for that need not be there.
 
     topology = parse_topology("v5litepod-32")  # v5e:4x8
     mesh = make_mesh(mesh_config, compile_devices(topology))
 
-Names: `v5e:4x8` as JAX has them, `v5litepod-32` or `v5e-32` as Google Cloud has them, `h100:8` for a
-GPU host, `cpu:8` for simulated host devices.
+Names: `v5e:4x8` as JAX has them, `v5litepod-32` or `v5e-32` as Google Cloud has them, `h100:8` for
+a GPU host, `cpu:8` for simulated host devices.
 """
 
+import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -44,9 +46,9 @@ class Chip:
 
 
 # Sources. Bandwidths: Google Cloud's pages of TPU v4, v5e, v5p and v6e (links: half of the
-# bidirectional figure), NVIDIA's data sheets of the SXM modules (NVLink: likewise half). TPU memory:
-# what libtpu 0.0.42 lets a program have, from its own messages; it keeps the rest. GPU memory: nine
-# tenths of the data sheet's; JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
+# bidirectional figure), NVIDIA's data sheets of the SXM modules (NVLink: likewise half). Memory of
+# TPUs: what libtpu 0.0.42 lets a program have, from its own messages. Of GPUs: nine tenths of the
+# data sheet's; JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
 CHIPS = {
     "v4": Chip("TPU v4", int(30.75 * GIB), 1228e9, 300e9),
     "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 819e9, 200e9),
@@ -85,7 +87,7 @@ SLICES_3D = {
 CORES_PER_CHIP_IN_NAMES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
 
 # Windowed einsums, TPU's default, cut each gather into a loop of permutations inside the product.
-# libtpu 0.0.42 overflows its stack on them for T5 Large on v5e:2x4 (128 rows of 1,024), at any effort.
+# libtpu 0.0.42 overflows its stack on them for T5 Large on v5e:2x4 (128 rows of 1,024).
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
@@ -118,7 +120,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """A topology from either form of its name; raises InputError where there is none of that name."""
+    """A topology from either form of its name; raises InputError where there is none."""
     text = name.lower().strip().replace("v5litepod", "v5e")
     version, separator, rest = re.match(r"(.*?)(?:([:-])(\d[\dx]*))?$", text).groups("")
     if version == "gpu":
@@ -177,13 +179,11 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
     }
     for variable, value in quiet.items():
         os.environ.setdefault(variable, value)
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            f"{topology}: compiling for TPUs needs libtpu, which runs without a TPU; install it with "
-            "pip install '.[tpu]' from a checkout, or plan for cpu:8"
-        ) from None
+            f"{topology}: compiling for TPUs needs libtpu, which runs without a TPU; install it "
+            "with pip install '.[tpu]' from a checkout, or plan for cpu:8"
+        )
     from jax.experimental import topologies
 
     options = {"chip_config_name": "megacore"} if topology.version == "v4" else {}
@@ -199,10 +199,8 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
 
 def _host_devices(topology: Topology) -> list[jax.Device]:
     """CPU devices; makes so many where JAX has not begun to use any."""
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX runs already, with as many as it has
         jax.config.update("jax_num_cpu_devices", topology.num_chips)
-    except RuntimeError:  # JAX runs already, with as many as it has
-        pass
     devices = jax.devices("cpu")
     if len(devices) < topology.num_chips:
         raise InputError(
