@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import jax
 import pytest
 
 from dslt import config, plan
@@ -15,6 +16,7 @@ from dslt.evaluate import EvalConfig
 from dslt.main import main
 from dslt.train import TrainConfig
 
+jax.devices()  # eight, before a plan asks for another number
 CPU = parse_topology("cpu:8")
 MODEL = T5Config(
     vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=3, num_decoder_layers=3
