@@ -67,6 +67,16 @@ def test_collectives_span_the_axis_that_splits(planned):
     assert "f32[32,64]" in {c.type for c in in_layers if c.kind == "all-gather"}  # wi_0, whole
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_each_matrix_of_a_layer_is_gathered_once_a_pass(remat):
+    """In the forward and again in the backward: between them no device keeps it whole."""
+    found = plan.plan_training(
+        dataclasses.replace(RUN, model=dataclasses.replace(MODEL, remat=remat)), CPU
+    )
+    in_layers = [c for c in found.collectives if c.kind == "all-gather" and c.times == 3]
+    assert len(in_layers) == 2 * ((4 + 3) + (8 + 3))  # attention and feed-forward of both stacks
+
+
 def test_rows_are_padded_as_in_training():
     run = dataclasses.replace(RUN, shape=dataclasses.replace(RUN.shape, rows=17))
     assert plan.plan_training(run, CPU).rows == 24

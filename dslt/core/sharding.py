@@ -102,18 +102,19 @@ def gather_width(table: jax.Array) -> jax.Array:
 
 
 def gather_matrix(matrix: jax.Array, is_split_last: bool) -> jax.Array:
-    """A layer's matrix, whole over fsdp where it is used; itself outside of `inside`.
+    """A layer's matrix, whole over fsdp where it is used; itself where fsdp splits nothing.
 
     Said in two steps, split and then whole, so that the gradient goes back the same way: one gather
-    in the forward, one in the backward (a rematerialised layer needed two), one reduce-scatter. TPU
+    in the forward, one in the backward, one reduce-scatter of the gradient. Left to itself XLA
+    gathered twice in a rematerialised backward and summed most gradients whole on every device. TPU
     compilers form a reduce-scatter along the first dimension alone, so a matrix whose last one is
-    split is gathered transposed; otherwise its whole gradient is summed on every device.
+    split is gathered transposed.
 
     Args:
       matrix: [D, N], or [N, D] where `is_split_last`; D is the model dimension, split over fsdp.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not _splits_parameters(mesh):
         return matrix
     if is_split_last:
         return gather_matrix(matrix.T, is_split_last=False).T
@@ -123,6 +124,24 @@ def gather_matrix(matrix: jax.Array, is_split_last: bool) -> jax.Array:
     )
     split = jax.lax.with_sharding_constraint(matrix, PartitionSpec(fsdp, tensor))
     return jax.lax.with_sharding_constraint(split, PartitionSpec(None, tensor))
+
+
+def gather_again(layer):
+    """`layer`, whose backward gathers its matrices again instead of keeping every layer's whole.
+
+    A rematerialised layer does so anyway. Where fsdp splits nothing, it is the layer itself.
+    """
+    if not _splits_parameters(jax.sharding.get_abstract_mesh()):
+        return layer
+
+    def keep(primitive, *_, **__) -> bool:  # everything but what `gather_matrix` makes
+        return primitive.name not in ("sharding_constraint", "transpose")
+
+    return jax.checkpoint(layer, policy=keep, prevent_cse=False)
+
+
+def _splits_parameters(mesh) -> bool:
+    return not mesh.empty and mesh.shape["fsdp"] > 1
 
 
 def row_multiple(mesh: Mesh, accumulation_steps: int = 1) -> int:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dslt.core.batch import PAD_ID, Batch
-from dslt.core.sharding import gather_matrix, gather_width, split_rows
+from dslt.core.sharding import gather_again, gather_matrix, gather_width, split_rows
 from dslt.errors import InputError
 
 MASKED = -1e9  # finite, so that a row of padding has a softmax too
@@ -286,6 +286,8 @@ class Stack(nnx.Module):
 
         if self.config.remat:
             run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+        else:
+            run_layer = gather_again(run_layer)
         layer_keys = None if dropout_key is None else keys[2:]
         x, _ = jax.lax.scan(run_layer, x, (params, layer_keys), unroll=self.config.scan_unroll)
         return dropout(self.final_norm(x), self.config.dropout_rate, keys[1])
