@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from dslt.checkpoint import hf_t5
-from dslt.core import flops, sharding
+from dslt.core import flops, hlo, sharding
 from dslt.core.batch import ROLE_LABEL, Batch, count_targets, pad_rows
 from dslt.core.continuous import ContinuousDecoder
 from dslt.core.decode import DecodeConfig
@@ -98,7 +98,7 @@ class StepBench:
 
     def peak_bytes(self) -> int:
         """Of one device, arguments included, as compiled."""
-        return self.compiled.memory_analysis().peak_memory_in_bytes
+        return hlo.peak_bytes(self.compiled)
 
 
 def bench(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dslt.checkpoint.manager import CheckpointManager, Layout
 from dslt.checkpoint.student import read_params
-from dslt.core import attention, flops, losses, sharding, t5
+from dslt.core import attention, flops, losses, sharding, t5, topology
 from dslt.core.batch import ROLE_LABEL, Batch, count_targets, pad_rows
 from dslt.core.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from dslt.core.sharding import MeshConfig
@@ -187,6 +187,7 @@ def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, sta
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=topology.compiler_options(mesh.devices.flat[0]),
     )
 
 

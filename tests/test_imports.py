@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "checkpoint": ("checkpoint", "core"),
     "bench": (*STAGE, "train", "bench_reference"),
     "bench_reference": ("core",),
+    "plan": ("core", "train", "evaluate"),
     "config": None,
     "main": None,
 }

@@ -179,7 +179,7 @@ class ContinuousDecoder:
 
     def _fit(self, slots: Slots | None, sources: Sources, rows, config, max_length) -> Slots:
         """Slots, made if there are none yet, that have room for `sources`."""
-        length = _two_an_octave(sources.mask.shape[1])
+        length = kept_length(sources.mask.shape[1])
         if slots is None:
             empty = jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), sources)
             empty = jax.device_put(empty, sharding.batch_sharding(self.mesh))
@@ -225,7 +225,7 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _two_an_octave(length: int) -> int:
+def kept_length(length: int) -> int:
     """The smallest of 32, 48, 64, 96, 128, 192, … that is no less."""
     step = SHORTEST
     while step < length:

@@ -106,6 +106,49 @@ def gather_width(table: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(table, PartitionSpec("tensor", None))
 
 
+def gather_matrix(matrix: jax.Array, is_split_last: bool) -> jax.Array:
+    """A layer's matrix, whole over fsdp where it is used; itself where fsdp splits nothing.
+
+    Said in two steps, split and then whole, so that the gradient goes back the same way: one gather
+    in the forward, one in the backward, one reduce-scatter of the gradient. Left to itself XLA
+    gathered twice in a rematerialised backward and summed most gradients whole on every device. TPU
+    compilers form a reduce-scatter along the first dimension alone, so a matrix whose last one is
+    split is gathered transposed.
+
+    Args:
+      matrix: [D, N], or [N, D] where `is_split_last`; D is the model dimension, split over fsdp.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _splits_parameters(mesh):
+        return matrix
+    if is_split_last:
+        return gather_matrix(matrix.T, is_split_last=False).T
+    fsdp, tensor = (
+        axis if size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(("fsdp", "tensor"), matrix.shape, strict=True)
+    )
+    split = jax.lax.with_sharding_constraint(matrix, PartitionSpec(fsdp, tensor))
+    return jax.lax.with_sharding_constraint(split, PartitionSpec(None, tensor))
+
+
+def gather_again(layer):
+    """`layer`, whose backward gathers its matrices again instead of keeping every layer's whole.
+
+    A rematerialised layer does so anyway. Where fsdp splits nothing, it is the layer itself.
+    """
+    if not _splits_parameters(jax.sharding.get_abstract_mesh()):
+        return layer
+
+    def keep(primitive, *_, **__) -> bool:  # everything but what `gather_matrix` makes
+        return primitive.name not in ("sharding_constraint", "transpose")
+
+    return jax.checkpoint(layer, policy=keep, prevent_cse=False)
+
+
+def _splits_parameters(mesh) -> bool:
+    return not mesh.empty and mesh.shape["fsdp"] > 1
+
+
 def row_multiple(mesh: Mesh, accumulation_steps: int = 1) -> int:
     """A batch's rows must be a multiple of this; `batch.pad_rows` makes them so."""
     return mesh.shape["data"] * mesh.shape["fsdp"] * accumulation_steps

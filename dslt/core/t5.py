@@ -29,7 +29,7 @@ from dslt.core import attention
 from dslt.core.attention import SegmentMask
 from dslt.core.batch import NUM_ROLES, Batch
 from dslt.core.dropout import dropout
-from dslt.core.sharding import gather_width, split_rows
+from dslt.core.sharding import gather_again, gather_matrix, gather_width, split_rows
 from dslt.errors import InputError
 
 
@@ -194,14 +194,14 @@ class Attention(nnx.Module):
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
         )
-        return _project(mixed, self.out, num_contracted=2)
+        return _project(mixed, self.out, num_contracted=2, is_split_last=True)
 
     @jax.named_scope("attention")
     def attend_cached(self, x, keys, values, bias, mask):
         """[B, Q, D] over cached keys [B, H, N, K]; bias [1, H, 1, N] or None; mask [B, 1, Q, N]."""
         queries = _project(x, self.query)
         mixed = attention.cached_attention(queries, keys, values, bias, mask)
-        return _project(mixed, self.out, num_contracted=2)
+        return _project(mixed, self.out, num_contracted=2, is_split_last=True)
 
 
 class FeedForward(nnx.Module):
@@ -224,7 +224,8 @@ class FeedForward(nnx.Module):
             hidden = jax.nn.gelu(_project(x, self.wi_0), approximate=True) * _project(x, self.wi_1)
         else:
             hidden = jax.nn.relu(_project(x, self.wi))
-        return _project(dropout(hidden, self.dropout_rate, dropout_key), self.wo)
+        hidden = dropout(hidden, self.dropout_rate, dropout_key)
+        return _project(hidden, self.wo, is_split_last=True)
 
 
 class EncoderLayer(nnx.Module):
@@ -333,6 +334,8 @@ class Stack(nnx.Module):
 
         if self.config.remat:
             run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+        else:
+            run_layer = gather_again(run_layer)
         layer_keys = None if dropout_key is None else keys[2:]
         x, _ = jax.lax.scan(run_layer, x, (params, layer_keys), unroll=self.config.scan_unroll)
         return dropout(self.final_norm(x), self.config.dropout_rate, keys[1])
@@ -515,8 +518,10 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape))
 
 
-def _project(x, weight: nnx.Param, num_contracted: int = 1):
+def _project(x, weight: nnx.Param, num_contracted: int = 1, is_split_last: bool = False):
     """x [B, N, ...] by a weight whose first `num_contracted` dimensions are x's last: [B, N, ...].
+
+    `is_split_last` says that the weight's last dimension is the one over fsdp, not its first.
 
     Written as one product of matrices: the gradient of a three-dimensional product transposes its
     operands on a CPU, and the feed-forward's backward then takes four times as long.
@@ -524,6 +529,8 @@ def _project(x, weight: nnx.Param, num_contracted: int = 1):
     weight = weight[...].astype(x.dtype)
     contracted, kept = weight.shape[:num_contracted], weight.shape[num_contracted:]
     matrix = weight.reshape(math.prod(contracted), math.prod(kept))
+    if x.shape[1] > 1:  # to decode one position, moving activations is cheaper: XLA may choose
+        matrix = gather_matrix(matrix, is_split_last)
     return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[:2], *kept)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dslt.core import sharding, t5
+from dslt.core import hlo, sharding, t5
 from dslt.core.batch import PAD_ID, ROLE_LABEL, ROLE_RATIONALE, Batch, empty_batch, pad_rows
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import PARTITION_RULES, MeshConfig, make_mesh, state_shardings
@@ -188,6 +188,16 @@ def test_data_parallel_step_needs_all_reduce_alone(accumulation):
     assert collectives(program) == {"all-reduce"}
     *_, program, _ = take_step("adamw", 0.2, 2, MESHES["fsdp8"])
     assert "all-gather" in collectives(program)  # the search does find what is there
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_roles_move_no_row_and_the_host_is_left_alone(mesh):
+    """No all-to-all and no permutation, in either of two microbatches; no callback, no infeed."""
+    *_, program, _ = take_step("adamw", 0.2, 2, MESHES[mesh])
+    found = hlo.find_collectives(program, mesh_of(MESHES[mesh]).shape)
+    assert {c.kind for c in found} <= {"all-reduce", "all-gather", "reduce-scatter"}
+    assert all(c.times and "?" not in c.axes for c in found)
+    assert hlo.find_host_transfers(program) == []
 
 
 @pytest.mark.parametrize("mesh", ["fsdp8", "fsdp4_tensor2", "data2_fsdp2_tensor2"])
