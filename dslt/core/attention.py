@@ -84,9 +84,7 @@ def plain_attention(queries, keys, values, bias, mask, dropout_rate=0.0, dropout
     if bias is not None:
         scores = scores + bias
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(values.dtype)
-    if dropout_key is not None:
-        # Kept apart from the product: libtpu 0.0.42 overflows its stack over the fusion of both.
-        weights = jax.lax.optimization_barrier(dropout(weights, dropout_rate, dropout_key))
+    weights = dropout(weights, dropout_rate, dropout_key)
     return jnp.einsum("bhqn,bnhk->bqhk", weights, values)
 
 
