@@ -8,7 +8,7 @@ them, and writes beside them:
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dslt import metrics
+from dslt import distributed, metrics
 from dslt.checkpoint import student
-from dslt.checkpoint.manager import CheckpointManager, Layout
+from dslt.checkpoint.manager import CheckpointManager, Layout, finished_steps
 from dslt.core import sharding, t5
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.core.decode import greedy_decode
@@ -106,9 +106,9 @@ class Decoder:
         padded = np.full((rows, -(-longest // SOURCE_BUCKET) * SOURCE_BUCKET), PAD_ID, np.int32)
         for row, tokens in zip(padded, inputs, strict=False):
             row[: len(tokens)] = tokens
-        placed = jax.device_put(padded, sharding.batch_sharding(self.mesh))
+        placed = sharding.put_rows(padded, self.mesh)
         with sharding.inside(self.mesh):
-            return np.asarray(self._decode(self.params, placed, max_length=max_length))
+            return sharding.fetch(self._decode(self.params, placed, max_length=max_length))
 
 
 def predict(
@@ -190,6 +190,9 @@ def evaluate_run(
 ) -> list[dict]:
     """Judges every checkpoint that has not been judged yet, and keeps the best on validation.
 
+    Several processes run the same decoding programs over all inputs, each on the rows of its own
+    devices, and all see all answers; process 0 alone writes.
+
     Args:
       examples: of the splits in `config.splits`.
       decode_text: tokens before EOS to text.
@@ -202,29 +205,34 @@ def evaluate_run(
     decoder = None
     if steps is None:
         steps = _unjudged_steps(run, config.poll_secs if follow else None)
-    for step in steps:
+    for step in _share_steps(steps):
         started_secs = time.perf_counter()
+        is_loaded = True
         try:
             if decoder is None:
                 decoder = Decoder(run.checkpoints / str(step), mesh_config, config.rows)
             else:
                 decoder.load_step(run.checkpoints, step)
         except (OSError, KeyError, ValueError):
-            if step in _steps_on_disk(run):
+            if step in finished_steps(run.checkpoints):
                 raise
+            is_loaded = False
+        if not all(distributed.gather(is_loaded)):
             print(f"step {step}: is no longer there, newer checkpoints replaced it; skipped")
             continue
         predictions = predict(decoder, examples, config, decode_text)
         values = {"step": step} | score(predictions)
         values["secs"] = round(time.perf_counter() - started_secs, 3)
-        write_rows(run.evaluation(step) / "predictions.jsonl", predictions)
-        write_json(run.evaluation(step) / "metrics.json", values)
         rows = [row for row in read_json_rows(run.evaluations) if row["step"] != step] + [values]
-        if best_row(rows) is values:
+        if distributed.is_main():
+            write_rows(run.evaluation(step) / "predictions.jsonl", predictions)
+            write_json(run.evaluation(step) / "metrics.json", values)
+        if distributed.share(best_row(rows) is values):
             _keep_as_best(run, decoder, step)
-        write_json_rows(run.evaluations, sorted(rows, key=lambda row: row["step"]))
+        if distributed.is_main():
+            write_json_rows(run.evaluations, sorted(rows, key=lambda row: row["step"]))
         print(describe(values), flush=True)
-    rows = read_json_rows(run.evaluations)
+    rows = distributed.share(read_json_rows(run.evaluations))
     if not rows:
         raise InputError(
             f"{run.checkpoints}: has no checkpoint yet; expected one from `dslt train`"
@@ -264,7 +272,7 @@ def _unjudged_steps(run: RunDir, poll_secs: float | None) -> Iterator[int]:
             "finished",
             "stopped",
         )  # asked first: no last checkpoint is missed
-        found = [step for step in _steps_on_disk(run) if step not in seen]
+        found = [step for step in finished_steps(run.checkpoints) if step not in seen]
         if found:
             seen.add(found[0])
             yield found[0]
@@ -274,11 +282,14 @@ def _unjudged_steps(run: RunDir, poll_secs: float | None) -> Iterator[int]:
             time.sleep(poll_secs)
 
 
-def _steps_on_disk(run: RunDir) -> list[int]:
-    if not run.checkpoints.is_dir():
-        return []
-    with CheckpointManager(run.checkpoints, read_only=True) as manager:
-        return manager.steps()
+def _share_steps(steps: Iterable[int]) -> Iterator[int]:
+    """Process 0's steps on every process: the others neither look at the disk nor wait alone."""
+    own = iter(steps)
+    while True:
+        step = distributed.share(next(own, None) if distributed.is_main() else None)
+        if step is None:
+            return
+        yield step
 
 
 def _keep_as_best(run: RunDir, decoder: Decoder, step: int) -> None:

@@ -10,6 +10,7 @@ dslt predict --student runs/facts/student --rationales problems.txt
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from dslt import __version__
@@ -27,17 +28,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow looks for GPUs, and says so
     try:
         return args.run(args) or 0
-    except InputError as error:
-        print(f"dslt {args.command}: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # `dslt predict … | head`
         sys.stderr.close()
         return 0
-    except OSError as error:  # a full disk, a missing right, a file where a directory should be
-        print(f"dslt {args.command}: {error}", file=sys.stderr)
-        return 2
+    except (InputError, OSError) as error:  # an OSError: a full disk, a missing right
+        return fail(args, f"dslt {args.command}: {error}", 2)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return fail(args, "", INTERRUPTED)
+    except Exception as error:
+        if not is_distributed(args):
+            raise
+        traceback.print_exc()
+        return fail(args, f"dslt {args.command}: {type(error).__name__}: {error}", 1)
+
+
+def fail(args, message: str, status: int) -> int:
+    """Prints the message and returns the status; of several processes, ends them all."""
+    if is_distributed(args):
+        from dslt import distributed
+
+        distributed.fail(message, status)
+    if message:
+        print(message, file=sys.stderr)
+    return status
+
+
+def is_distributed(args) -> bool:
+    """Whether the command line asks for several processes."""
+    asked = ("distributed", "coordinator", "num_processes", "process_id")
+    return any(getattr(args, name, None) not in (None, False) for name in asked)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -191,42 +210,54 @@ def add_train(commands) -> None:
     command.add_argument("gin_files", nargs="+", help="later files override earlier ones")
     command.add_argument("--run_dir", required=True, help="made, or resumed if it is this run's")
     add_gin_flag(command)
+    add_process_flags(command)
 
 
 def train(args) -> int:
     """Checks the configs, opens the data, says what will happen, and trains."""
     from pathlib import Path
 
-    from dslt import config
+    start_processes(args)
+    from dslt import config, distributed
     from dslt.train import train as run_training
     from dslt.workdir import RunDir
 
     configs = config.parse(args.gin_files, args.gin)
     run = RunDir(Path(args.run_dir))
-    config.check_run(run, configs)
-    stream, vocabulary = open_train_stream(run, configs)
-    run.path.mkdir(parents=True, exist_ok=True)
-    run.config.write_text(configs.text, encoding="utf-8")
+    with distributed.main_first():
+        config.check_run(run, configs)
+        stream, vocabulary = open_train_stream(run, configs)
+        if distributed.is_main():
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.config.write_text(configs.text, encoding="utf-8")
+    distributed.check_same("the config", configs.text)
+    distributed.check_same("the digest of the records", list(stream.records_digests.values()))
     describe_run(run, configs, stream, vocabulary)
-    run_training(
+    state = run_training(
         configs.train,
         configs.model,
         configs.optimizer,
         configs.mesh,
-        batches_from=stream.batches,
+        stream=stream,
         run=run,
     )
     if stream.left_out:
         print(f"warning: {stream.left_out} examples found no room in an epoch and were left out")
-    return 0 if run.state() == "finished" else INTERRUPTED
+    return 0 if int(state.step) >= configs.train.num_steps else INTERRUPTED
 
 
 def open_train_stream(run, configs) -> tuple:
     """The batches of a run and its vocabulary, which is copied into the run's directory."""
+    from dslt import distributed
     from dslt.data.pipeline import TrainStream, make_vocabulary
     from dslt.data.vocabulary import load_vocabulary
 
-    if run.has_checkpoints():
+    if not distributed.is_main() and not run.vocabulary.is_dir():
+        raise InputError(
+            f"{run.vocabulary}: process 0 has written it, but it is not seen here; expected "
+            "--run_dir on a file system that all processes share"
+        )
+    if run.has_checkpoints() or not distributed.is_main():
         vocabulary = load_vocabulary(run.vocabulary)
     else:
         vocabulary = make_vocabulary(configs.data, run.vocabulary)
@@ -264,9 +295,11 @@ def describe_run(run, configs, stream, vocabulary) -> None:
     """Prints devices, model, data and one example of each role; records what the run depends on."""
     import jax
 
-    from dslt import workdir
+    from dslt import distributed, workdir
     from dslt.core import t5
 
+    if not distributed.is_main():
+        return
     devices = jax.devices()
     num_params = t5.count_params(t5.abstract_params(configs.model)[1])
     print(configs.text)
@@ -327,25 +360,28 @@ def add_evaluate(commands) -> None:
         "--step", type=int, action="append", help="this checkpoint, again if need be; repeatable"
     )
     add_gin_flag(command)
+    add_process_flags(command)
 
 
 def evaluate(args) -> None:
     """Prints a line a checkpoint and which is the best on validation."""
     from pathlib import Path
 
+    start_processes(args)
     from dslt import evaluate as judge
 
     if args.predictions:
         print(judge.describe(judge.rescore(Path(args.predictions))))
         return
-    from dslt import config
+    from dslt import config, distributed
     from dslt.data.pipeline import count_splits, eval_inputs
     from dslt.data.vocabulary import load_vocabulary
     from dslt.workdir import RunDir
 
     run = RunDir(Path(args.run_dir))
-    if args.follow:
-        judge.wait_for_start(run)
+    with distributed.main_first():
+        if args.follow:
+            judge.wait_for_start(run)
     if not run.config.exists():
         raise InputError(f"{run.path}: has no config.gin; expected a directory of `dslt train`")
     configs = config.parse([str(run.config)], args.gin)
@@ -363,6 +399,7 @@ def evaluate(args) -> None:
     truncated = sum(example.is_truncated for example in examples)
     if truncated:
         print(f"warning: {truncated} of {len(examples)} inputs are cut to max_input_length")
+    distributed.check_same("the number of inputs", len(examples))
     rows = judge.evaluate_run(
         run,
         configs.evaluate,
@@ -568,6 +605,51 @@ def add_gin_flag(command) -> None:
         metavar="BINDING",
         help="an override such as 'train.TrainConfig.rationale_weight = 0.5'; may be repeated",
     )
+
+
+def add_process_flags(command) -> None:
+    group = command.add_argument_group(
+        "several processes",
+        "One command on every worker. Without these flags it runs in one process.",
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the others by the environment: a Cloud TPU pod, Slurm, Open MPI, or for the "
+        f"flags below {', '.join(PROCESS_VARIABLES.values())}",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--num_processes", type=positive, metavar="N")
+    group.add_argument("--process_id", type=int, metavar="I", help="of this process, from 0")
+    group.add_argument(
+        "--start_timeout_secs", type=positive, default=300, help="until all workers have come"
+    )
+
+
+# Flags that may be left to the environment, so that the command is the same on every worker.
+PROCESS_VARIABLES = {
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+
+
+def start_processes(args) -> None:
+    """Joins the other processes if the command line asks for it. Raises InputError."""
+    if not is_distributed(args):
+        return
+    found = {}
+    for flag, variable in PROCESS_VARIABLES.items():
+        value = getattr(args, flag)
+        found[flag] = os.environ.get(variable) if value is None else value
+        if found[flag] is not None and flag != "coordinator":
+            try:
+                found[flag] = int(found[flag])
+            except ValueError:
+                raise InputError(f"{variable} is {found[flag]!r}; expected a number") from None
+    from dslt import distributed
+
+    distributed.initialize(**found, timeout_secs=args.start_timeout_secs)
 
 
 def add_student_flag(command) -> None:

@@ -164,6 +164,17 @@ class CheckpointManager:
             )
 
 
+def finished_steps(directory: Path) -> list[int]:
+    """The finished checkpoints on disk, ascending; none where there is no directory.
+
+    Unlike a manager, which waits for the other processes when it is made, one process can ask.
+    """
+    if not directory.is_dir():
+        return []
+    found = ocp.path.step.standard_name_format().find_all(directory.absolute())
+    return sorted(checkpoint.step for checkpoint in found)
+
+
 def _shapes(tree: dict) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
