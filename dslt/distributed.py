@@ -161,22 +161,23 @@ class AnyProcess:
     def __init__(self, mesh: Mesh):
         self._where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self._is_cpu = mesh.devices.flat[0].platform == "cpu"
+        is_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.steps_in_flight = 0 if is_cpu else STEPS_IN_FLIGHT
         self._pending: collections.deque[jax.Array] = collections.deque()
 
     def ask(self, says_so: bool, results) -> bool:
         """To be called by all processes after every step, with the arrays that the step made."""
         if is_alone():
             return says_so
-        if self._is_cpu:
-            # Two programs in flight can each hold a device that the other waits for: programs on
-            # several CPU devices with Gloo between them were seen to stand still for ever.
+        if not self.steps_in_flight:
+            # Two programs in flight on several CPU devices, with Gloo between the processes, were
+            # seen to stand still for ever: each held a device that the other waited for.
             jax.block_until_ready(results)
         answers = jax.make_array_from_callback(
             (self._where.mesh.size,), self._where, lambda _: np.array([says_so])
         )
         self._pending.append(self._any(answers))
-        if len(self._pending) <= (0 if self._is_cpu else STEPS_IN_FLIGHT):
+        if len(self._pending) <= self.steps_in_flight:
             return False
         return bool(self._pending.popleft())
 

@@ -97,6 +97,18 @@ def test_hosts_share_the_rows_of_one_batch(stream):
         whole = stream.batch(step)
         parts = [stream.batch(step, np.array([row])) for row in range(rows)]
         assert same([np.concatenate(arrays) for arrays in zip(*parts, strict=True)], whole)
+        mixed = stream.batch(step, np.array([rows + 1, rows - 1, 0]))  # the first is padding
+        assert not any(array[0].any() for array in mixed)
+        assert same([array[1:] for array in mixed], [array[[rows - 1, 0]] for array in whole])
+
+
+def test_counts_are_those_of_the_whole_batch(stream):
+    for step in range(4):
+        batch, counts = stream.batch(step), stream.counts(step)
+        starts = batch.decoder_positions == 0
+        assert counts.examples == np.sum(starts & (batch.decoder_loss_roles == ROLE_LABEL))
+        assert counts.source_tokens == np.count_nonzero(batch.encoder_segment_ids)
+        assert counts.target_tokens == np.count_nonzero(batch.decoder_segment_ids)
 
 
 def test_without_rationales_the_same_examples_come_without_their_rationales(
