@@ -21,7 +21,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dslt.errors import InputError
 
-AGREE_TIMEOUT_SECS = 600  # between the first and the last process at the same place
+READ_TIMEOUT_SECS = 600  # for all to read what all have said
 GRACE_SECS = 5.0  # for the others to fail likewise, or to hear of it
 STEPS_IN_FLIGHT = 2  # that devices may lag behind the processes' agreement to stop
 
@@ -111,19 +111,35 @@ def share(value):
 
 
 def gather(value) -> list:
-    """Every process's value, by process. JSON's types alone.
-
-    Raises:
-      TimeoutError: the others did not come here too.
-    """
+    """Every process's value, by process; waits for them however long. JSON's types alone."""
     if is_alone():
         return [value]
     name = f"dslt/gather/{next(_names)}/"
-    global_state.client.key_value_set(f"{name}{global_state.process_id}", json.dumps(value))
-    return [
-        json.loads(_wait_for(f"{name}{process}", AGREE_TIMEOUT_SECS))
-        for process in range(global_state.num_processes)
+    own = f"{name}{global_state.process_id}"
+    global_state.client.key_value_set(own, json.dumps(value))
+    values = [
+        json.loads(_wait_for(f"{name}{process}")) for process in range(global_state.num_processes)
     ]
+    global_state.client.wait_at_barrier(name, READ_TIMEOUT_SECS * 1000)  # all have read
+    global_state.client.key_value_delete(own)
+    return values
+
+
+def divide(count: int, work: Callable[[range], list]) -> list:
+    """The results of `work` for the items 0 … count - 1, of which each process does its share.
+
+    Args:
+      work: the numbers of some items (every n-th of n processes, perhaps none) to a result for
+        each, of JSON's types. It must not need the other processes.
+
+    Returns:
+      All results, in the order of the items, on every process.
+    """
+    processes = 1 if is_alone() else global_state.num_processes
+    results = [None] * count
+    for process, part in enumerate(gather(work(range(global_state.process_id, count, processes)))):
+        results[process::processes] = part
+    return results
 
 
 def check_same(name: str, value) -> None:

@@ -9,7 +9,6 @@ them, and writes beside them:
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,19 +19,21 @@ from dslt import distributed, metrics
 from dslt.checkpoint import student
 from dslt.checkpoint.manager import CheckpointManager, Layout, finished_steps
 from dslt.core import sharding, t5
-from dslt.core.batch import EOS_ID, PAD_ID
-from dslt.core.decode import greedy_decode
+from dslt.core.batch import PAD_ID
+from dslt.core.continuous import ContinuousDecoder
+from dslt.core.decode import DecodeConfig
 from dslt.core.sharding import MeshConfig
 from dslt.errors import InputError
 from dslt.records import EvalInput, Example, Prediction, read_predictions, write_rows
 from dslt.workdir import RunDir, read_json_rows, write_json, write_json_rows
 
-SOURCE_BUCKET = 32  # source lengths are padded to multiples of this: one compilation each
+ANSWERS = ("open", "trie", "likelihood")
+GREEDY = DecodeConfig()
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """How checkpoints are judged.
+class EvalConfig(DecodeConfig):
+    """How checkpoints are judged, and how their answers are decoded (see DecodeConfig).
 
     Attributes:
       splits: judged ones; the best checkpoint is always chosen on validation.
@@ -40,6 +41,11 @@ class EvalConfig:
       max_label_length: tokens of an answer at most, EOS included.
       max_rationale_length: likewise of a rationale, where rationales are asked for.
       with_rationales: decode the student's rationales too (they do not enter the accuracy).
+      answers: `open`: any text. Or one of a set, the `labels` or else the choices that the
+        example's input lists: `trie` decodes greedily and takes at each position only a token that
+        leads on to an answer of the set; `likelihood` takes the most likely answer of the set and
+        reports its probability among them.
+      labels: the set, where it is the same for all examples.
       poll_secs: between looks at the run while following it.
     """
 
@@ -48,67 +54,148 @@ class EvalConfig:
     max_label_length: int = 64
     max_rationale_length: int = 256
     with_rationales: bool = False
+    answers: str = "open"
+    labels: tuple[str, ...] = ()
     poll_secs: float = 2.0
 
     def __post_init__(self):
+        super().__post_init__()
         for field in ("rows", "max_label_length", "max_rationale_length"):
             if getattr(self, field) < 1:
                 raise InputError(f"EvalConfig.{field} is {getattr(self, field)}; expected >= 1")
+        if self.answers not in ANSWERS:
+            raise InputError(
+                f"EvalConfig.answers is {self.answers!r}; expected one of {', '.join(ANSWERS)}"
+            )
+        if self.labels and self.answers == "open":
+            raise InputError(
+                f"EvalConfig.labels is {self.labels}, but EvalConfig.answers is 'open'; expected "
+                "'trie' or 'likelihood' to answer with one of them"
+            )
+        if self.answers == "trie" and self.strategy != "greedy":
+            raise InputError(
+                f"EvalConfig.answers is 'trie' and strategy is {self.strategy!r}; expected "
+                "strategy 'greedy', or answers 'likelihood', which looks at the whole set"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerSet:
+    """What an example may be answered with: texts, and for each its tokens, EOS included."""
+
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
 
 
 class Decoder:
-    """A student on a mesh, ready to decode: keeps its compiled functions between checkpoints."""
+    """A student on a mesh, ready to decode: keeps its compiled functions between checkpoints.
+
+    Of several processes each has the whole student on its own devices and decodes its share of the
+    inputs, for as long as these take; then all get all results. All must call it alike.
+    """
 
     def __init__(self, path: Path, mesh_config: MeshConfig, rows: int):
         """`path` is a run, a checkpoint or a Hugging Face directory; `rows` decode at a time."""
-        self.mesh = sharding.make_mesh(mesh_config)
+        self.mesh = sharding.local_mesh(sharding.make_mesh(mesh_config))
         self.config, graphdef, self.params = student.load(path, self.mesh)
         self._placed = sharding.with_shardings(self.mesh, t5.abstract_params(self.config)[1])
-        self.rows = rows
-        self._decode = jax.jit(
-            partial(greedy_decode, graphdef=graphdef), static_argnames=("max_length",)
-        )
+        self._continuous = ContinuousDecoder(graphdef, self.mesh, rows)
+        self._prepared = self._continuous.prepare(self.params)
 
     def load_step(self, checkpoints: Path, step: int) -> None:
         """Takes the parameters of another checkpoint of the same run."""
         with CheckpointManager(checkpoints, read_only=True) as manager:
             self.params = manager.restore_params(step, self._placed)
+        self._prepared = self._continuous.prepare(self.params)
 
     def __call__(
-        self, inputs: Sequence[np.ndarray], max_length: int, description: str = ""
+        self,
+        inputs: Sequence[np.ndarray],
+        max_length: int,
+        description: str = "",
+        config: DecodeConfig = GREEDY,
+        answer_sets: Sequence[AnswerSet] | None = None,
+        start_id: int = PAD_ID,
     ) -> list[list[int]]:
-        """Decodes each input greedily.
+        """Decodes each input.
 
         Args:
           inputs: token sequences, int32, of any lengths.
           max_length: tokens decoded at most.
           description: of the progress bar.
+          config: how tokens are chosen.
+          answer_sets: what each input may be answered with; None: anything.
+          start_id: the decoder's first input.
 
         Returns:
           The tokens before EOS, in the order of `inputs`.
         """
-        outputs: list[list[int]] = [[] for _ in inputs]
-        order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
-        multiple = sharding.row_multiple(self.mesh)
-        rows = -(-max(min(self.rows, len(inputs)), 1) // multiple) * multiple
-        with tqdm(total=len(inputs), desc=description, unit="row", leave=False, delay=2) as bar:
-            for start in range(0, len(order), rows):
-                chosen = order[start : start + rows]
-                decoded = self._decode_rows([inputs[i] for i in chosen], rows, max_length)
-                for i, tokens in zip(chosen, decoded, strict=False):
-                    outputs[i] = _before_eos(tokens)
-                bar.update(len(chosen))
-        return outputs
+        names = [field.name for field in dataclasses.fields(DecodeConfig)]
+        decoding = DecodeConfig(**{name: getattr(config, name) for name in names})
 
-    def _decode_rows(self, inputs: Sequence[np.ndarray], rows: int, max_length: int) -> np.ndarray:
-        """At most `rows` inputs to [rows, max_length] int32."""
-        longest = max(len(tokens) for tokens in inputs)
-        padded = np.full((rows, -(-longest // SOURCE_BUCKET) * SOURCE_BUCKET), PAD_ID, np.int32)
-        for row, tokens in zip(padded, inputs, strict=False):
-            row[: len(tokens)] = tokens
-        placed = sharding.put_rows(padded, self.mesh)
-        with sharding.inside(self.mesh):
-            return sharding.fetch(self._decode(self.params, placed, max_length=max_length))
+        def decode_share(numbers: range) -> list[list[int]]:
+            with _progress(len(numbers), description) as bar:
+                return self._continuous(
+                    self._prepared,
+                    [inputs[i] for i in numbers],
+                    config=decoding,
+                    max_length=max_length,
+                    answers=answer_sets and [answer_sets[i].tokens for i in numbers],
+                    start_id=start_id,
+                    numbers=numbers,
+                    on_decoded=bar.update,
+                )
+
+        return distributed.divide(len(inputs), decode_share)
+
+    def distributions(
+        self, inputs: Sequence[np.ndarray], answer_sets: Sequence[AnswerSet], description: str = ""
+    ) -> list[np.ndarray]:
+        """For each input the probability of each answer among those of its set."""
+
+        def score_share(numbers: range) -> list[list[float]]:
+            tokens = [answer_sets[i].tokens for i in numbers]
+            with _progress(len(numbers), description) as bar:
+                scores = self._continuous.score(
+                    self._prepared, [inputs[i] for i in numbers], tokens, bar.update
+                )
+            return [row.tolist() for row in scores]
+
+        scores = [np.asarray(row) for row in distributed.divide(len(inputs), score_share)]
+        shares = [np.exp(row - row.max()) for row in scores]
+        return [share / share.sum() for share in shares]
+
+
+def _progress(total: int, description: str) -> tqdm:
+    return tqdm(total=total, desc=description, unit="row", leave=False, delay=2)
+
+
+def answer(
+    decoder: Decoder,
+    inputs: Sequence[np.ndarray],
+    config: EvalConfig,
+    decode_text: Callable[[Sequence[int]], str],
+    answer_sets: Sequence[AnswerSet] | None = None,
+) -> tuple[list[str], list[dict[str, float]] | None]:
+    """The student's answer to each input and, for `answers = 'likelihood'`, its distribution.
+
+    Args:
+      inputs: tokens of the label task.
+      answer_sets: of each input, unless `config.answers` is `open`.
+
+    Returns:
+      Texts, and for each input the probability of each answer of its set, the most likely first.
+    """
+    if config.answers == "likelihood":
+        found = decoder.distributions(inputs, answer_sets, "labels")
+        distributions = [
+            dict(sorted(zip(of.texts, row.tolist(), strict=True), key=lambda pair: -pair[1]))
+            for of, row in zip(answer_sets, found, strict=True)
+        ]
+        return [next(iter(row)) for row in distributions], distributions
+    allowed = None if config.answers == "open" else answer_sets
+    tokens = decoder(inputs, config.max_label_length, "labels", config, allowed)
+    return [decode_text(row) for row in tokens], None
 
 
 def predict(
@@ -116,16 +203,32 @@ def predict(
     examples: Sequence[EvalInput],
     config: EvalConfig,
     decode_text: Callable[[Sequence[int]], str],
+    answer_sets: Sequence[AnswerSet] | None = None,
+    rationale_start_id: int = PAD_ID,
 ) -> list[Prediction]:
     """The student's answer to each example, and its rationale if the config asks for it."""
-    labels = decoder([e.label_input_tokens for e in examples], config.max_label_length, "labels")
-    rationales: list[list[int] | None] = [None] * len(examples)
+    inputs = [e.label_input_tokens for e in examples]
+    labels, distributions = answer(decoder, inputs, config, decode_text, answer_sets)
+    rationales: list[str | None] = [None] * len(examples)
     if config.with_rationales:
         inputs = [e.rationale_input_tokens for e in examples]
-        rationales = decoder(inputs, config.max_rationale_length, "rationales")
-    return [
-        to_prediction(e.example, decode_text(label), rationale and decode_text(rationale))
+        decoded = decoder(
+            inputs,
+            config.max_rationale_length,
+            "rationales",
+            config,
+            start_id=rationale_start_id,
+        )
+        rationales = [decode_text(tokens) for tokens in decoded]
+    predictions = [
+        to_prediction(e.example, label, rationale)
         for e, label, rationale in zip(examples, labels, rationales, strict=True)
+    ]
+    if distributions is None:
+        return predictions
+    return [
+        dataclasses.replace(prediction, probability=max(row.values()))
+        for prediction, row in zip(predictions, distributions, strict=True)
     ]
 
 
@@ -185,17 +288,20 @@ def evaluate_run(
     *,
     examples: Sequence[EvalInput],
     decode_text: Callable[[Sequence[int]], str],
+    answer_sets: Sequence[AnswerSet] | None = None,
+    rationale_start_id: int = PAD_ID,
     follow: bool = False,
     steps: Sequence[int] | None = None,
 ) -> list[dict]:
     """Judges every checkpoint that has not been judged yet, and keeps the best on validation.
 
-    Several processes run the same decoding programs over all inputs, each on the rows of its own
-    devices, and all see all answers; process 0 alone writes.
+    Several processes share the inputs (see `Decoder`), and process 0 alone writes.
 
     Args:
       examples: of the splits in `config.splits`.
       decode_text: tokens before EOS to text.
+      answer_sets: of each example, unless `config.answers` is `open`.
+      rationale_start_id: the decoder's first input where a rationale is asked for.
       follow: wait for further checkpoints until training has finished or was stopped.
       steps: judge these checkpoints instead, again if need be.
 
@@ -220,17 +326,13 @@ def evaluate_run(
         if not all(distributed.gather(is_loaded)):
             print(f"step {step}: is no longer there, newer checkpoints replaced it; skipped")
             continue
-        predictions = predict(decoder, examples, config, decode_text)
+        predictions = predict(
+            decoder, examples, config, decode_text, answer_sets, rationale_start_id
+        )
         values = {"step": step} | score(predictions)
         values["secs"] = round(time.perf_counter() - started_secs, 3)
-        rows = [row for row in read_json_rows(run.evaluations) if row["step"] != step] + [values]
         if distributed.is_main():
-            write_rows(run.evaluation(step) / "predictions.jsonl", predictions)
-            write_json(run.evaluation(step) / "metrics.json", values)
-        if distributed.share(best_row(rows) is values):
-            _keep_as_best(run, decoder, step)
-        if distributed.is_main():
-            write_json_rows(run.evaluations, sorted(rows, key=lambda row: row["step"]))
+            _write_evaluation(run, decoder, predictions, values)
         print(describe(values), flush=True)
     rows = distributed.share(read_json_rows(run.evaluations))
     if not rows:
@@ -292,12 +394,20 @@ def _share_steps(steps: Iterable[int]) -> Iterator[int]:
         yield step
 
 
+def _write_evaluation(
+    run: RunDir, decoder: Decoder, predictions: Sequence[Prediction], values: dict
+) -> None:
+    """Writes what became of a step, its row last; where it is the best, its parameters too."""
+    step = values["step"]
+    write_rows(run.evaluation(step) / "predictions.jsonl", predictions)
+    write_json(run.evaluation(step) / "metrics.json", values)
+    rows = [row for row in read_json_rows(run.evaluations) if row["step"] != step] + [values]
+    if best_row(rows) is values:
+        _keep_as_best(run, decoder, step)
+    write_json_rows(run.evaluations, sorted(rows, key=lambda row: row["step"]))
+
+
 def _keep_as_best(run: RunDir, decoder: Decoder, step: int) -> None:
     """Writes the parameters to `best/`, where training's clean-up does not reach."""
     with CheckpointManager(run.best) as manager:
-        manager.replace_all(step, decoder.params, Layout(decoder.config))
-
-
-def _before_eos(tokens: np.ndarray) -> list[int]:
-    ends = np.flatnonzero(tokens == EOS_ID)
-    return tokens[: ends[0] if len(ends) else None].tolist()
+        manager.replace_all(step, jax.device_get(decoder.params), Layout(decoder.config))

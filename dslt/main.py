@@ -5,9 +5,11 @@ dslt train runs/step_by_step.gin settings/facts.gin --run_dir runs/facts/step_by
 dslt evaluate --run_dir runs/facts/step_by_step --follow
 dslt export --student runs/facts/step_by_step --output_dir runs/facts/student
 dslt predict --student runs/facts/student --rationales problems.txt
+dslt plan runs/step_by_step.gin settings/paper.gin --topology v5e:2x4
 """
 
 import argparse
+import functools
 import os
 import sys
 import traceback
@@ -67,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dslt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (add_extract, add_train, add_evaluate, add_predict, add_export, add_import):
+    stages = (add_extract, add_train, add_evaluate, add_predict, add_export, add_import)
+    for add in (*stages, add_bench, add_plan):
         add(commands)
     return parser
 
@@ -315,6 +318,7 @@ def describe_run(run, configs, stream, vocabulary) -> None:
         input_prefix_rationale=data.input_prefix_rationale,
         max_input_length=data.max_input_length,
         max_target_length=data.max_target_length,
+        rationale_start_id=data.rationale_start_id,
     ).write(run.student)
     run.update_info(
         state="running",
@@ -341,7 +345,10 @@ def first_of_each_role(batch) -> list[tuple[str, list[int], list[int]]]:
             row, column = places[0]
             segment = batch.decoder_segment_ids[row, column]
             source = batch.encoder_input_tokens[row][batch.encoder_segment_ids[row] == segment]
-            target = batch.decoder_target_tokens[row][batch.decoder_segment_ids[row] == segment]
+            is_target = (batch.decoder_segment_ids[row] == segment) & (
+                batch.decoder_loss_roles[row] == role
+            )
+            target = batch.decoder_target_tokens[row][is_target]
             found.append((name, source.tolist(), target.tolist()))
     return found
 
@@ -400,12 +407,21 @@ def evaluate(args) -> None:
     if truncated:
         print(f"warning: {truncated} of {len(examples)} inputs are cut to max_input_length")
     distributed.check_same("the number of inputs", len(examples))
+    answer_sets = None
+    if configs.evaluate.answers != "open":
+        answer_sets = make_answer_sets(
+            [(f"example {e.example.id!r}", e.example.input) for e in examples],
+            configs.evaluate,
+            vocabulary,
+        )
     rows = judge.evaluate_run(
         run,
         configs.evaluate,
         configs.mesh,
         examples=examples,
         decode_text=vocabulary.decode,
+        rationale_start_id=configs.data.rationale_start_id,
+        answer_sets=answer_sets,
         follow=args.follow,
         steps=args.step,
     )
@@ -415,6 +431,41 @@ def evaluate(args) -> None:
     else:
         print(f"best on validation: {judge.describe(best)}")
         print(f"predictions: {run.evaluation(best['step']) / 'predictions.jsonl'}")
+
+
+def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> list:
+    """What each input may be answered with: the config's labels, or the choices that it lists.
+
+    Args:
+      inputs: how an error calls each, and its text.
+
+    Raises:
+      InputError: an input has no answers to choose from, or an answer is too long.
+    """
+    from dslt.core.batch import EOS_ID
+    from dslt.evaluate import AnswerSet
+    from dslt.teacher.parse import choices_in
+
+    sets: dict[tuple[str, ...], AnswerSet] = {}
+    chosen = []
+    for name, text in inputs:
+        texts = tuple(dict.fromkeys(config.labels or choices_in(text)))
+        if not texts:
+            raise InputError(
+                f"{name}: answers is {config.answers!r}, but its text lists no `Answer Choices:`; "
+                "give the labels to choose from, or let answers be 'open'"
+            )
+        if texts not in sets:
+            tokens = tuple((*vocabulary.encode(answer), EOS_ID) for answer in texts)
+            for answer, ids in zip(texts, tokens, strict=True):
+                if len(ids) > config.max_label_length:
+                    raise InputError(
+                        f"{name}: the answer {answer!r} has {len(ids)} tokens; expected at most "
+                        f"max_label_length = {config.max_label_length}"
+                    )
+            sets[texts] = AnswerSet(texts, tokens)
+        chosen.append(sets[texts])
+    return chosen
 
 
 # ---------------------------------------------------------------------------------------------
@@ -438,23 +489,59 @@ def add_predict(commands) -> None:
     command.add_argument("--max_label_length", type=positive, default=64, metavar="TOKENS")
     command.add_argument("--max_rationale_length", type=positive, default=256, metavar="TOKENS")
 
+    given = {"default": argparse.SUPPRESS}  # the defaults are EvalConfig's
+    choice = command.add_argument_group("answers of a set")
+    choice.add_argument(
+        "--answers",
+        choices=("open", "trie", "likelihood"),
+        help="any text; greedily within the set; or the set's most likely, with its probability",
+        **given,
+    )
+    choice.add_argument(
+        "--label",
+        action="append",
+        dest="labels",
+        help="of the set, repeatable; without any an input's own `Answer Choices:`",
+        **given,
+    )
+
+    tokens = command.add_argument_group("choice of tokens")
+    tokens.add_argument("--strategy", choices=("greedy", "sample", "beam"), **given)
+    tokens.add_argument("--temperature", type=float, help="of sample", **given)
+    tokens.add_argument("--top_k", type=int, help="of sample; 0 takes all tokens", **given)
+    tokens.add_argument("--top_p", type=float, help="of sample; 1 takes all tokens", **given)
+    tokens.add_argument("--seed", type=int, help="of sample", **given)
+    tokens.add_argument("--num_beams", type=int, help="of beam", **given)
+    tokens.add_argument("--length_penalty", type=float, help="of beam", **given)
+    tokens.add_argument("--early_stopping", action="store_true", help="of beam", **given)
+
 
 def predict(args) -> None:
     """Prints an object a line: input, prediction, rationale if asked, and the truth if known."""
+    import dataclasses
     import json
     from pathlib import Path
 
+    from dslt import evaluate as judge
     from dslt.core.sharding import MeshConfig
     from dslt.data.vocabulary import encode_with_eos, load_vocabulary
-    from dslt.evaluate import Decoder
 
+    fields = {field.name for field in dataclasses.fields(judge.EvalConfig)}
+    given = {name: value for name, value in vars(args).items() if name in fields}
+    if "labels" in given:
+        given |= {"labels": tuple(args.labels), "answers": given.get("answers", "likelihood")}
+    config = judge.EvalConfig(**given)
     path = Path(args.student)
     format, vocabulary_path = student_files(path)
     rows = read_inputs(args.input_file, args.split)[: args.limit]
     vocabulary = load_vocabulary(vocabulary_path)
-    decoder = Decoder(path, MeshConfig(), args.rows)
+    answer_sets = None
+    if config.answers != "open":
+        named = [(f"input {i}", row["input"]) for i, row in enumerate(rows, start=1)]
+        answer_sets = make_answer_sets(named, config, vocabulary)
+    decoder = judge.Decoder(path, MeshConfig(), args.rows)
 
-    def answer(prefix: str, max_length: int, name: str) -> list[str]:
+    def encode(prefix: str) -> list:
         encoded = [
             encode_with_eos(vocabulary, prefix + row["input"], format.max_input_length)
             for row in rows
@@ -463,16 +550,26 @@ def predict(args) -> None:
         if truncated:
             cut = f"warning: {truncated} inputs were cut at {format.max_input_length} tokens"
             print(cut, file=sys.stderr)
-        decoded = decoder([tokens for tokens, _ in encoded], max_length, name)
-        return [vocabulary.decode(tokens) for tokens in decoded]
+        return [tokens for tokens, _ in encoded]
 
-    answers = {"prediction": answer(format.input_prefix_label, args.max_label_length, "labels")}
+    inputs = encode(format.input_prefix_label)
+    texts, distributions = judge.answer(decoder, inputs, config, vocabulary.decode, answer_sets)
+    answers = {"prediction": texts}
+    if distributions:
+        answers["probability"] = [max(row.values()) for row in distributions]
+        answers["distribution"] = distributions
     if args.rationales:
-        answers["rationale"] = answer(
-            format.input_prefix_rationale, args.max_rationale_length, "rationales"
+        inputs = encode(format.input_prefix_rationale)
+        decoded = decoder(
+            inputs,
+            config.max_rationale_length,
+            "rationales",
+            config,
+            start_id=format.rationale_start_id,
         )
+        answers["rationale"] = [vocabulary.decode(tokens) for tokens in decoded]
     for i, row in enumerate(rows):
-        row |= {name: texts[i] for name, texts in answers.items()}
+        row |= {name: values[i] for name, values in answers.items()}
         if args.format == "jsonl":
             print(json.dumps(row, ensure_ascii=False))
         else:
@@ -595,6 +692,190 @@ def import_student(args) -> None:
     vocabulary.save(run.vocabulary)
     format.write(run.student)
     print(f"imported {source} to {run.path}")
+
+
+# ---------------------------------------------------------------------------------------------
+# bench: how fast a run is on the devices at hand
+
+
+def add_bench(commands) -> None:
+    command = add_command(commands, "bench", bench, "measure a run's speed on this machine")
+    command.add_argument("gin_files", nargs="+", help="as for `dslt train`")
+    command.add_argument(
+        "--against",
+        choices=("hf",),
+        help="the same beside PyTorch's `transformers`, in the same process",
+    )
+    command.add_argument("--steps", type=positive, default=10, help="measured train steps")
+    command.add_argument(
+        "--decode", type=int, default=64, metavar="INPUTS", help="decoded inputs; 0 for none"
+    )
+    command.add_argument("--repetitions", type=positive, default=3, help="of all decoded inputs")
+    command.add_argument("--output", help="a JSON file for the figures")
+    add_gin_flag(command)
+
+
+def bench(args) -> None:
+    """Prints what was measured, a line a figure."""
+    import tempfile
+    from pathlib import Path
+
+    import jax
+
+    from dslt import bench as measure
+    from dslt import config
+    from dslt.data.pipeline import count_splits, eval_inputs
+    from dslt.workdir import RunDir, write_json
+
+    configs = config.parse(args.gin_files, args.gin)
+    if args.against:
+        require_torch()
+    figures = {}
+    with tempfile.TemporaryDirectory() as directory:
+        run = RunDir(Path(directory))
+        stream, vocabulary = open_train_stream(run, configs)
+        counts = count_splits(configs.data)
+        split = next(name for name in ("validation", "test", "train") if counts[name])
+        for line in stream.report():
+            print(f"data        {line}")
+        print(f"devices     {len(jax.devices())} x {jax.devices()[0].device_kind}")
+        for text, values in measure.bench(
+            configs,
+            batch=stream.batch,
+            inputs=eval_inputs(configs.data, split, vocabulary)[: args.decode],
+            vocabulary=run.vocabulary,
+            against=args.against,
+            steps=args.steps,
+            repetitions=args.repetitions,
+        ):
+            print(text, flush=True)
+            figures |= values
+    if args.output:
+        write_json(Path(args.output), figures)
+
+
+def require_torch() -> None:
+    """Raises InputError where PyTorch is missing."""
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        raise InputError("--against hf needs PyTorch; install the extra: pip install '.[parity]'")
+
+
+# ---------------------------------------------------------------------------------------------
+# plan: a run on hardware that is not there
+
+
+def add_plan(commands) -> None:
+    command = add_command(
+        commands, "plan", plan, "compile a run for hardware that is not there: does it fit?"
+    )
+    command.add_argument("gin_files", nargs="+", help="as for train")
+    add_gin_flag(command)
+    command.add_argument(
+        "--topology",
+        required=True,
+        help="v5e:4x8, v5litepod-32, v4-32, v5p:2x2x1, v6e-8; h100:8 (an estimate); cpu:8",
+    )
+    command.add_argument(
+        "--quick",
+        action="store_true",
+        help="compile with little effort: a tenth of the time, memory within 13 percent",
+    )
+    command.add_argument(
+        "--search", action="store_true", help="find the largest batch and the smallest slice"
+    )
+    command.add_argument(
+        "--hbm_gib", type=float, help="memory of a chip, in place of what is known"
+    )
+    shape = command.add_argument_group("batch, where the records are not at hand")
+    shape.add_argument("--rows", type=positive, help="of a step")
+    shape.add_argument("--source_length", type=positive, help="tokens of a row's sources")
+    shape.add_argument("--target_length", type=positive, help="tokens of a row's targets")
+    shape.add_argument(
+        "--fill", type=float, default=1.0, help="share of the cells that hold tokens"
+    )
+
+
+def plan(args) -> None:
+    """Prints what the run needs and sends, and what to change where it does not fit."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run, and no accelerator is to be waited for
+    # Programs for devices that are not there can be written to the cache and not be read back.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    from dslt import config
+    from dslt import plan as planning
+    from dslt.core.topology import GIB, cloud_name, parse_topology
+
+    topology = parse_topology(args.topology)
+    configs = config.parse(args.gin_files, args.gin)
+    run = planning.Run(
+        train=configs.train,
+        model=configs.model,
+        optimizer=configs.optimizer,
+        mesh=configs.mesh,
+        evaluate=configs.evaluate,
+        max_input_length=configs.data.max_input_length,
+        shape=batch_shape(args, configs),
+    )
+    hbm_bytes = int(args.hbm_gib * GIB) if args.hbm_gib else None
+    found = planning.plan_training(run, topology, args.quick, hbm_bytes)
+    print("\n".join(planning.report_training(found)), flush=True)
+    decoding = planning.plan_decoding(run, topology, args.quick, hbm_bytes)
+    print("\n".join(planning.report_decoding(decoding)), flush=True)
+    if not found.memory.fits():
+        print("\nwhat would help, compiled with little effort:", flush=True)
+        for trial in planning.suggest(found, hbm_bytes):
+            print(planning.report_trial(trial), flush=True)
+    if args.search:
+        say = functools.partial(print, flush=True)
+        print(f"\nlargest batch on {topology}, compiled with little effort:")
+        best = planning.largest_batch(run, topology, hbm_bytes, say)
+        print(f"  largest: {best.run.shape.examples} examples" if best else "  none fits")
+        if topology.is_tpu:
+            print(f"\nsmallest {topology.version} slice for this batch:")
+            best = planning.smallest_slice(run, topology, hbm_bytes, say)
+            name = best and f"{best.topology} ({cloud_name(best.topology)})"
+            print(f"  smallest: {name}" if best else "  none fits")
+
+
+def batch_shape(args, configs):
+    """The batches' shape: from flags, from the records, or assumed."""
+    from pathlib import Path
+
+    from dslt.plan import BatchShape
+
+    data = configs.data
+    roles = 2 if configs.train.rationale_weight > 0 else 1
+    examples = data.batch_examples
+    given = [args.rows, args.source_length, args.target_length]
+    has_records = bool(data.records) and all(Path(path).is_file() for path in data.records)
+    if any(given) or not has_records:
+        origin = "as given" if all(given) else "no packing, each segment as long as allowed"
+        if any(given) and not all(given):
+            origin = "partly given, else " + origin
+        return BatchShape(
+            rows=args.rows or examples * roles,
+            source_length=args.source_length or data.source_length or data.max_input_length,
+            target_length=args.target_length or data.target_length or data.max_target_length,
+            examples=examples,
+            fill=args.fill,
+            origin=origin,
+        )
+    import tempfile
+
+    from dslt.data.pipeline import TrainStream, make_vocabulary
+
+    with tempfile.TemporaryDirectory() as directory:
+        vocabulary = make_vocabulary(data, Path(directory) / "vocabulary")
+        stream = TrainStream(data, vocabulary, seed=configs.train.seed, use_rationales=roles == 2)
+        fill = stream.fill()
+    found = stream.row_shape
+    share = (fill.source * found.source_length + fill.target * found.target_length) / (
+        found.source_length + found.target_length
+    )
+    return BatchShape(
+        found.rows, found.source_length, found.target_length, examples, share, "from the records"
+    )
 
 
 def add_gin_flag(command) -> None:

@@ -75,6 +75,8 @@ class Prediction:
       prediction: the decoded label.
       rationale: the student's own explanation, or None where none was asked for.
       is_correct: whether `prediction` matches `label`; None where there is no gold label.
+      probability: of `prediction` among the answers it was chosen from; None where it was decoded
+        freely.
     """
 
     id: str
@@ -87,6 +89,7 @@ class Prediction:
     rationale: str | None = None
     is_correct: bool | None = None
     answer_form: str = "text"
+    probability: float | None = None
 
     def __post_init__(self):
         _require_member(self, "split", SPLITS)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dslt import distributed
 from dslt.checkpoint.manager import CheckpointManager, Layout
 from dslt.checkpoint.student import read_params
-from dslt.core import flops, losses, sharding, t5
+from dslt.core import attention, flops, losses, sharding, t5, topology
 from dslt.core.batch import Batch, BatchCounts
 from dslt.core.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from dslt.core.sharding import MeshConfig
@@ -105,11 +105,13 @@ def train(
       InputError: before anything compiles, where the start cannot be used.
     """
     mesh = sharding.make_mesh(mesh_config)
+    attention.check_platform(model_config.attention, mesh.devices.flat[0].platform)
     optimizer = make_optimizer(optimizer_config, config.num_steps)
     schedule = make_schedule(optimizer_config, config.num_steps)
     layout = Layout(model_config)
 
-    with CheckpointManager(run.checkpoints, keep=config.keep_checkpoints) as manager:
+    keep = config.keep_checkpoints
+    with CheckpointManager(run.checkpoints, keep, together=True) as manager:
         graphdef, state = initial_state(config, model_config, optimizer, mesh, manager)
         start = int(state.step)
         if start >= config.num_steps:
@@ -168,25 +170,37 @@ def initial_state(config, model_config, optimizer, mesh, manager) -> tuple:
     3. `init_from` is a Hugging Face directory: its parameters, step 0;
     4. from scratch, by `seed`.
     """
-    graphdef, abstract_params = t5.abstract_params(model_config)
-    abstract = jax.eval_shape(partial(init_state, optimizer=optimizer), abstract_params)
-    abstract = sharding.with_shardings(mesh, abstract)
-    shardings = sharding.state_shardings(mesh, abstract)
+    graphdef, abstract = abstract_state(model_config, optimizer, mesh)
     if steps := distributed.share(manager.steps()):
         newest = steps[-1]
         print(f"Resuming {manager.directory} after step {newest}.")
         return graphdef, manager.restore(newest, abstract)
-    if config.init_from:
-        print(f"Starting from the parameters in {config.init_from}.")
-        params = read_params(Path(config.init_from), model_config, abstract.params)
-    else:
+    if not config.init_from:
         print(f"Starting from scratch with seed {config.seed}.")
-        initialise = jax.jit(
-            lambda: t5.init_params(model_config, config.seed)[1], out_shardings=shardings.params
-        )
-        params = initialise()
+        return scratch_state(config, model_config, optimizer, mesh)
+    print(f"Starting from the parameters in {config.init_from}.")
+    params = read_params(Path(config.init_from), model_config, abstract.params)
+    shardings = sharding.state_shardings(mesh, abstract)
     make_state = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=shardings)
     return graphdef, make_state(params)
+
+
+def abstract_state(model_config: T5Config, optimizer, mesh) -> tuple:
+    """The graph definition and a TrainState of `jax.ShapeDtypeStruct`s with their shardings."""
+    graphdef, abstract_params = t5.abstract_params(model_config)
+    abstract = jax.eval_shape(partial(init_state, optimizer=optimizer), abstract_params)
+    return graphdef, sharding.with_shardings(mesh, abstract)
+
+
+def scratch_state(config: TrainConfig, model_config: T5Config, optimizer, mesh) -> tuple:
+    """The graph definition and a fresh state, by `config.seed`, placed on the mesh."""
+    graphdef, abstract = abstract_state(model_config, optimizer, mesh)
+    shardings = sharding.state_shardings(mesh, abstract)
+    initialise = jax.jit(
+        lambda: t5.init_params(model_config, config.seed)[1], out_shardings=shardings.params
+    )
+    make_state = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=shardings)
+    return graphdef, make_state(initialise())
 
 
 def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, state, mesh):
@@ -207,11 +221,14 @@ def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, sta
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=topology.compiler_options(mesh.devices.flat[0]),
     )
 
 
-def put_batch(batch: Batch, mesh, rows: np.ndarray, num_rows: int) -> Batch:
-    """Numpy arrays of this process's `rows` to global device arrays of `num_rows`."""
+def put_batch(
+    batch: Batch, mesh, rows: np.ndarray | None = None, num_rows: int | None = None
+) -> Batch:
+    """Numpy arrays, whole or of this process's `rows`, to global device arrays of `num_rows`."""
     return Batch(*(sharding.put_rows(array, mesh, rows, num_rows) for array in batch))
 
 

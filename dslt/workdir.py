@@ -94,13 +94,14 @@ class StudentFormat:
     input_prefix_rationale: str = "explain: "
     max_input_length: int = 1024
     max_target_length: int = 256
+    rationale_start_id: int = 0
 
     @classmethod
     def read(cls, path: Path) -> "StudentFormat":
         """Raises InputError where the file has other fields."""
         found = read_json(path)
         expected = {field.name for field in dataclasses.fields(cls)}
-        if found.keys() != expected:
+        if not found.keys() <= expected:  # a later version's may be missing, and has a default
             raise InputError(
                 f"{path}: found the fields {sorted(found)}, expected {sorted(expected)}"
             )

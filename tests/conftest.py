@@ -7,7 +7,6 @@ second instead of six, and what is tested does not run long.
 import os
 import tempfile
 
-import numpy as np
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,7 +26,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 @pytest.fixture(scope="session")
 def build_batch():
     """A function that packs segments by hand: rows of (source, target, role[, weight])."""
-    from dslt.core.batch import empty_batch
+    from dslt.core.batch import PAD_ID, empty_batch
 
     def build(rows, source_length: int, target_length: int):
         batch = empty_batch(len(rows), source_length, target_length)
@@ -41,7 +40,7 @@ def build_batch():
                 batch.encoder_segment_ids[row, sources] = segment_id
                 batch.decoder_target_tokens[row, targets] = target
                 batch.decoder_segment_ids[row, targets] = segment_id
-                batch.decoder_positions[row, targets] = np.arange(len(target))
+                batch.decoder_input_tokens[row, targets] = [PAD_ID, *target[:-1]]
                 batch.decoder_loss_roles[row, targets] = role
                 batch.decoder_loss_weights[row, targets] = weight[0] if weight else 1.0
         return batch

@@ -7,6 +7,7 @@ from dslt.errors import InputError
 
 METHODS = sorted(path.name for path in (gin_directory() / "runs").glob("*.gin"))
 SETTINGS = sorted(path.name for path in (gin_directory() / "settings").glob("*.gin"))
+SLICES = sorted(path.name for path in (gin_directory() / "slices").glob("*.gin"))
 # (λ, whose label): what the names promise.
 PROMISED = {
     "distillation.gin": (0.0, "teacher"),
@@ -23,6 +24,15 @@ def test_every_method_combines_with_every_setting_in_either_order(method, settin
     assert (configs.train.rationale_weight, configs.data.label_source) == PROMISED[method]
     assert configs.data.records and configs.data.vocabulary
     assert parse([f"settings/{setting}", f"runs/{method}"]).text == configs.text
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_a_slice_after_a_setting_says_where_the_same_run_fits(name):
+    configs = parse(["settings/paper.gin", f"slices/{name}"])
+    assert (configs.model.remat, configs.model.dtype) == (True, "bfloat16")
+    assert configs.data.max_input_length == 1024
+    header = (gin_directory() / "slices" / name).read_text().split("from __gin__")[0]
+    assert f"settings/paper.gin slices/{name} --topology v5e:" in header
 
 
 def test_a_model_file_after_a_setting_replaces_its_model():

@@ -29,6 +29,9 @@ MAY_IMPORT = {
     "data": ("data", "core.batch", "records", "metrics"),
     "teacher": ("teacher", "records", "metrics"),
     "checkpoint": ("checkpoint", "core"),
+    "bench": (*STAGE, "train", "bench_reference"),
+    "bench_reference": ("core",),
+    "plan": ("core", "train", "evaluate"),
     "config": None,
     "main": None,
 }

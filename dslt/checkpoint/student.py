@@ -8,12 +8,14 @@ import numpy as np
 
 from dslt.checkpoint import hf_t5
 from dslt.checkpoint.manager import CheckpointManager
-from dslt.core import sharding, t5
+from dslt.core import attention, sharding, t5
 from dslt.core.t5 import T5Config
 from dslt.errors import InputError
 
 # Fields of T5Config that change how a model runs, not what its parameters are.
-_RUNTIME_FIELDS = ("dropout_rate", "dtype", "remat", "scan_unroll")
+_RUNTIME_FIELDS = (
+    "dropout_rate", "dtype", "remat", "scan_unroll", "attention", "attention_dropout_rate",
+)  # fmt: skip
 
 
 def read_config(path: Path) -> T5Config:
@@ -60,8 +62,13 @@ def _check_same_model(path: Path, found: T5Config, expected: T5Config) -> None:
 
 
 def load(path: Path, mesh: jax.sharding.Mesh) -> tuple:
-    """(config, graphdef, params on the mesh) of the student in `path`."""
+    """(config, graphdef, params on the mesh) of the student in `path`.
+
+    Where its attention is for another kind of device than the mesh's, it is plain here.
+    """
     config = read_config(path)
+    if not attention.runs_on(config.attention, mesh.devices.flat[0].platform):
+        config = dataclasses.replace(config, attention="plain")
     graphdef, abstract = t5.abstract_params(config)
     placed = sharding.with_shardings(mesh, abstract)
     return config, graphdef, read_params(path, config, placed)

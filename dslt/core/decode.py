@@ -1,47 +1,365 @@
-"""Greedy decoding with a KV cache: one `lax.while_loop` that stops when all rows have ended."""
+"""Decoding with a KV cache: greedy, sampling or beam search, in slots that can be refilled.
+
+A slot is a row of the decoder's batch. `run` decodes all slots until some of them are free; a free
+slot takes the next source by `refill` while the others go on, since the cache is a ring that all
+rows write at the same column (see `t5.LayerCache`). Who has a fixed batch calls `decode_batch`:
+
+    tokens = decode_batch(params, input_tokens, graphdef=graphdef, config=DecodeConfig())
+"""
+
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dslt.core import beam_search, t5
 from dslt.core.batch import EOS_ID, PAD_ID
+from dslt.core.beam_search import Beams
+from dslt.core.choose import choose_answer_token, most_likely, sample
+from dslt.core.sharding import split_rows
+from dslt.core.t5 import LayerCache
+from dslt.errors import InputError
+
+STRATEGIES = ("greedy", "sample", "beam")
 
 
-def greedy_decode(
-    params: dict, input_tokens: jax.Array, *, graphdef: nnx.GraphDef, max_length: int
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How tokens are chosen.
+
+    Attributes:
+      strategy: `greedy`, `sample` or `beam`.
+      temperature: of `sample`; logits are divided by it.
+      top_k: `sample` draws from the k most likely tokens; 0 means all.
+      top_p: then from the most likely ones that together have this probability; 1 means all.
+      seed: of `sample`; with the number of the input and the position it makes the key.
+      num_beams: of `beam`.
+      length_penalty: of `beam`; a finished beam's log-likelihood is divided by length ** penalty.
+      early_stopping: of `beam`; end once num_beams beams have ended, whatever the others promise.
+    """
+
+    strategy: str = "greedy"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+
+    def __post_init__(self):
+        checks = {
+            "strategy": (self.strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
+            "temperature": (self.temperature > 0, "more than 0 (strategy 'greedy' is its limit)"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
+            "num_beams": (self.num_beams >= 1, ">= 1"),
+        }
+        for field, (is_legal, expected) in checks.items():
+            if not is_legal:
+                found = getattr(self, field)
+                raise InputError(f"{type(self).__name__}.{field} is {found!r}; expected {expected}")
+
+    @property
+    def beams(self) -> int:
+        """M, hypotheses that a row holds at once."""
+        return self.num_beams if self.strategy == "beam" else 1
+
+
+class Sources(NamedTuple):
+    """Encoded inputs, ready to be decoded. Every array has a leading axis B.
+
+    Attributes:
+      cross: keys and values of each layer, [B, H, S, K].
+      mask: [B, S] bool.
+      numbers: [B] int32, the inputs' numbers among all, for the random keys.
+      start_ids: [B] int32, the decoder's first input.
+      answers: [B, A, T] int32, the sequences allowed, each ending in EOS and padded, and rows of
+        padding where there are fewer; or None: every sequence is.
+    """
+
+    cross: list[tuple[jax.Array, jax.Array]]
+    mask: jax.Array
+    numbers: jax.Array
+    start_ids: jax.Array
+    answers: jax.Array | None = None
+
+
+class Slots(NamedTuple):
+    """The decoder's rows between two steps. Arrays but `step` have a leading axis B.
+
+    Attributes:
+      step: [] int32, steps taken since the first source came.
+      sources: what is decoded.
+      self_cache: keys and values of each layer, [B, H, N, M, K].
+      can_see: [B, M, N, M] bool; which beams' cached columns are a beam's own past. Beams share the
+        cache and remember where they came from, so that no key moves when beams are chosen.
+      lengths: [B] int32, tokens decoded.
+      is_live: [B] bool.
+      newest: [B, M] int32.
+      tokens: [B, M, T] int32; for beam search those of the running beams.
+      beams: of beam search, else None.
+    """
+
+    step: jax.Array
+    sources: Sources
+    self_cache: list[tuple[jax.Array, jax.Array]]
+    can_see: jax.Array
+    lengths: jax.Array
+    is_live: jax.Array
+    newest: jax.Array
+    tokens: jax.Array
+    beams: Beams | None
+
+
+def decode_batch(
+    params: dict,
+    input_tokens: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    config: DecodeConfig,
+    max_length: int,
+    answers: jax.Array | None = None,
+    start_id: int = PAD_ID,
 ) -> jax.Array:
-    """The most likely token at each position, until EOS.
+    """Decodes a batch until its last row has ended.
 
     Args:
       params: of the T5 of `graphdef`.
       input_tokens: [B, S] int32, one source a row, padded with PAD_ID; a row of padding alone ends
         at once.
       max_length: T, tokens decoded at most, EOS included.
+      answers: [B, A, T] int32 as in `Sources`, or None.
+      start_id: the decoder's first input.
 
     Returns:
       [B, T] int32: tokens up to and including EOS, then PAD_ID.
     """
-    model = nnx.merge(graphdef, params)
-    source_mask = input_tokens != PAD_ID
-    encoded = model.encode(input_tokens, source_mask.astype(jnp.int32))
-    rows = input_tokens.shape[0]
-
-    def not_done(carry):
-        index, _, _, has_ended, _ = carry
-        return (index < max_length) & ~has_ended.all()
-
-    def decode_one(carry):
-        index, last_tokens, cache, has_ended, decoded = carry
-        logits, cache = model.decode_step(last_tokens, cache, source_mask, index)
-        tokens = jnp.where(has_ended, PAD_ID, logits.argmax(-1).astype(jnp.int32))
-        decoded = jax.lax.dynamic_update_slice_in_dim(decoded, tokens[:, None], index, axis=1)
-        return index + 1, tokens, cache, has_ended | (tokens == EOS_ID), decoded
-
-    carry = (
-        jnp.zeros((), jnp.int32),
-        jnp.full(rows, PAD_ID, jnp.int32),
-        model.init_cache(encoded, max_length),
-        ~source_mask.any(axis=1),
-        jnp.full((rows, max_length), PAD_ID, jnp.int32),
+    numbers = jnp.arange(input_tokens.shape[0], dtype=jnp.int32)
+    start_ids = jnp.full_like(numbers, start_id)
+    layers = t5.unstack_layers(params)
+    sources = encode_sources(
+        params, layers, input_tokens, numbers, start_ids, answers, graphdef=graphdef
     )
-    return jax.lax.while_loop(not_done, decode_one, carry)[-1]
+    slots = start(sources, config, cache_length=max_length, max_length=max_length)
+    slots = run(params, layers, slots, 0, graphdef=graphdef, config=config)
+    return decoded_tokens(slots)
+
+
+def greedy_decode(
+    params: dict, input_tokens: jax.Array, *, graphdef: nnx.GraphDef, max_length: int
+) -> jax.Array:
+    """`decode_batch` by the most likely token at each position."""
+    config = DecodeConfig()
+    return decode_batch(
+        params, input_tokens, graphdef=graphdef, config=config, max_length=max_length
+    )
+
+
+def encode_sources(
+    params: dict,
+    layers: list[dict],
+    input_tokens: jax.Array,
+    numbers: jax.Array,
+    start_ids: jax.Array,
+    answers: jax.Array | None = None,
+    *,
+    graphdef: nnx.GraphDef,
+) -> Sources:
+    """Runs the encoder over [B, S] int32 and projects its output for each decoder layer.
+
+    Args:
+      layers: of `t5.unstack_layers(params)`, here and below.
+    """
+    model = nnx.merge(graphdef, params)
+    mask = input_tokens != PAD_ID
+    encoded = model.encode(input_tokens, mask.astype(jnp.int32))
+    cross = model.cross_keys_values(encoded, layers)
+    return jax.tree.map(split_rows, Sources(cross, mask, numbers, start_ids, answers))
+
+
+def start(sources: Sources, config: DecodeConfig, *, cache_length: int, max_length: int) -> Slots:
+    """Slots before the first token of `sources`; those whose source is padding are free.
+
+    Args:
+      cache_length: N, columns of the ring; `run` stops when a live row has filled them.
+      max_length: T.
+    """
+    rows, heads, _, head_dim = sources.cross[0][0].shape
+    beams = config.beams
+    empty = jnp.zeros((rows, heads, cache_length, beams, head_dim), sources.cross[0][0].dtype)
+    tokens = jnp.full((rows, beams, max_length), PAD_ID, jnp.int32)
+    slots = Slots(
+        step=None,
+        sources=sources,
+        self_cache=[(empty, empty) for _ in sources.cross],
+        can_see=jnp.zeros((rows, beams, cache_length, beams), bool),
+        lengths=jnp.zeros(rows, jnp.int32),
+        is_live=sources.mask.any(axis=1),
+        newest=jnp.tile(sources.start_ids[:, None], (1, beams)),
+        tokens=tokens,
+        beams=beam_search.start(tokens) if config.strategy == "beam" else None,
+    )
+    return jax.tree.map(split_rows, slots)._replace(step=jnp.zeros((), jnp.int32))
+
+
+def run(
+    params: dict,
+    layers: list[dict],
+    slots: Slots,
+    stop_at: jax.Array | int,
+    *,
+    graphdef: nnx.GraphDef,
+    config: DecodeConfig,
+) -> Slots:
+    """Decodes until at most `stop_at` slots are live, or a live row has filled the cache."""
+    model = nnx.merge(graphdef, params)
+    cache_length = slots.can_see.shape[2]
+
+    def should_go_on(slots: Slots):
+        is_full = (slots.is_live & (slots.lengths >= cache_length)).any()
+        return (slots.is_live.sum() > stop_at) & ~is_full
+
+    def decode_one(slots: Slots) -> Slots:
+        slots, logits = _forward(model, layers, slots)
+        if config.strategy == "beam":
+            return _advance_beams(slots, logits, config)
+        return _advance(slots, logits[:, 0], config)
+
+    return jax.lax.while_loop(should_go_on, decode_one, slots)
+
+
+def decoded_tokens(slots: Slots) -> jax.Array:
+    """[B, T] int32: what free slots have decoded."""
+    return slots.tokens[:, 0] if slots.beams is None else slots.beams.finished[:, 0]
+
+
+def refill(
+    slots: Slots, sources: Sources, into: jax.Array, taken: jax.Array, count: jax.Array
+) -> Slots:
+    """Puts source `taken[i]` into slot `into[i]` for each i < count; the others are untouched.
+
+    Args:
+      sources: of a source length S no greater than the slots' own.
+      into, taken: [B] int32.
+      count: [] int32.
+    """
+
+    def put(i, held):
+        def put_row(array, new):
+            row = jax.lax.dynamic_slice_in_dim(new, taken[i], 1)
+            return jax.lax.dynamic_update_slice_in_dim(array, row, into[i], axis=0)
+
+        return jax.tree.map(put_row, held, sources)
+
+    missing = slots.sources.mask.shape[1] - sources.mask.shape[1]
+    sources = sources._replace(mask=jnp.pad(sources.mask, ((0, 0), (0, missing))))
+    held = jax.lax.fori_loop(0, count, put, slots.sources)
+    is_new = jnp.zeros_like(slots.is_live).at[into].max(jnp.arange(into.shape[0]) < count)
+
+    def reset(array, value):
+        return jnp.where(is_new.reshape(-1, *[1] * (array.ndim - 1)), value, array)
+
+    beams = slots.beams and jax.tree.map(reset, slots.beams, beam_search.start(slots.tokens))
+    return slots._replace(
+        sources=held,
+        can_see=reset(slots.can_see, False),
+        lengths=reset(slots.lengths, 0),
+        is_live=reset(slots.is_live, held.mask.any(axis=1)),
+        newest=reset(slots.newest, held.start_ids[:, None]),
+        tokens=reset(slots.tokens, PAD_ID),
+        beams=beams,
+    )
+
+
+def resize_cache(slots: Slots, cache_length: int) -> Slots:
+    """The same slots with another number N of columns; no less than a live row has filled."""
+    old_length = slots.can_see.shape[2]
+    last = slots.step - 1
+    distances = t5.ring_distances(last, cache_length)
+    columns = (last - distances) % old_length
+    self_cache = jax.tree.map(lambda x: jnp.take(x, columns, axis=2), slots.self_cache)
+    can_see = jnp.take(slots.can_see, columns, axis=2) & (distances < old_length)[:, None]
+    return slots._replace(self_cache=self_cache, can_see=can_see)
+
+
+def widen_sources(slots: Slots, source_length: int) -> Slots:
+    """The same slots with room for sources of another length S, no less than their own."""
+    missing = source_length - slots.sources.mask.shape[1]
+
+    def widen(array, axis):
+        pads = [(0, missing if i == axis else 0) for i in range(array.ndim)]
+        return jnp.pad(array, pads)
+
+    cross = jax.tree.map(lambda array: widen(array, 2), slots.sources.cross)
+    return slots._replace(
+        sources=slots.sources._replace(cross=cross, mask=widen(slots.sources.mask, 1))
+    )
+
+
+def _forward(model: t5.T5, layers: list[dict], slots: Slots) -> tuple[Slots, jax.Array]:
+    """One step of the model: logits [B, M, V], and the slots with a column of the cache written."""
+    beams, cache_length = slots.can_see.shape[1:3]
+    own = jnp.eye(beams, dtype=bool)[None, :, None]
+    is_own = jnp.broadcast_to(own, (slots.can_see.shape[0], beams, 1, beams))
+    can_see = jax.lax.dynamic_update_slice_in_dim(
+        slots.can_see, is_own, slots.step % cache_length, axis=2
+    )
+    cache = [
+        LayerCache(*own, *cross)
+        for own, cross in zip(slots.self_cache, slots.sources.cross, strict=True)
+    ]
+    logits, cache = model.decode_step(
+        slots.newest, layers, cache, slots.sources.mask, slots.step, can_see
+    )
+    self_cache = [(layer.self_keys, layer.self_values) for layer in cache]
+    return slots._replace(step=slots.step + 1, self_cache=self_cache, can_see=can_see), logits
+
+
+def _advance(slots: Slots, logits: jax.Array, config: DecodeConfig) -> Slots:
+    """Appends a token to each live row; logits [B, V]."""
+    answers = slots.sources.answers
+    if answers is not None:
+        tokens = choose_answer_token(logits, answers, slots.tokens[:, 0], slots.lengths)
+    elif config.strategy == "sample":
+        tokens = sample(logits, config, slots.sources.numbers, slots.lengths)
+    else:
+        tokens = most_likely(logits)
+    length = slots.tokens.shape[2]
+    is_here = (jnp.arange(length) == slots.lengths[:, None]) & slots.is_live[:, None]
+    lengths = slots.lengths + slots.is_live
+    return slots._replace(
+        newest=tokens[:, None],
+        tokens=jnp.where(is_here[:, None], tokens[:, None, None], slots.tokens),
+        lengths=lengths,
+        is_live=slots.is_live & (tokens != EOS_ID) & (lengths < length),
+    )
+
+
+def _advance_beams(slots: Slots, logits: jax.Array, config: DecodeConfig) -> Slots:
+    """Appends a token to the best beams of each live row; logits [B, M, V]."""
+    chosen = beam_search.advance(
+        slots.beams,
+        slots.tokens,
+        slots.lengths,
+        logits,
+        length_penalty=config.length_penalty,
+        early_stopping=config.early_stopping,
+    )
+    keep = slots.is_live
+
+    def where_live(new, old):
+        return jnp.where(keep.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    lengths = slots.lengths + slots.is_live
+    can_see = jnp.take_along_axis(slots.can_see, chosen.parents[:, :, None, None], axis=1)
+    return slots._replace(
+        newest=chosen.newest,
+        tokens=where_live(chosen.tokens, slots.tokens),
+        can_see=can_see,
+        lengths=lengths,
+        beams=jax.tree.map(where_live, chosen.beams, slots.beams),
+        is_live=slots.is_live & ~chosen.is_over & (lengths < slots.tokens.shape[2]),
+    )

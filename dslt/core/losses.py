@@ -32,17 +32,14 @@ def role_weights(batch: Batch) -> jax.Array:
     return roles * batch.decoder_loss_weights[None]
 
 
-def sum_by_role(logits: jax.Array, batch: Batch) -> RoleSums:
+def sum_by_role(nll: jax.Array, is_correct: jax.Array, batch: Batch) -> RoleSums:
     """Sums of a forward pass.
 
     Args:
-      logits: [B, T, V] float32.
-      batch: its targets, roles and weights; a token of weight 0 adds nothing.
+      nll: [B, T] float32, of each target token.
+      is_correct: [B, T] bool, whether it is the most likely one.
+      batch: roles and weights; a token of weight 0 adds nothing.
     """
-    targets = batch.decoder_target_tokens
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - target_logits  # [B, T]
-    is_correct = logits.argmax(axis=-1) == targets
     weights = role_weights(batch)
     return RoleSums(
         nll=jnp.einsum("rbt,bt->r", weights, nll),
@@ -51,11 +48,18 @@ def sum_by_role(logits: jax.Array, batch: Batch) -> RoleSums:
     )
 
 
-def combine(nll: jax.Array, tokens: jax.Array, rationale_weight: float) -> jax.Array:
-    """The objective from [2] sums of nats and [2] token counts of the whole global batch.
+def objective_weights(batch: Batch, tokens: jax.Array, rationale_weight: float) -> jax.Array:
+    """[B, T] float32: the weight of each token's nll in the objective.
 
-    A role without tokens contributes 0. The authors' code mixes `α·L_label + (1−α)·L_rationale`:
-    λ = (1−α)/α, and its scale is α times this one's.
+    Summed over all tokens of the global batch, `objective_weights · nll` is L_label +
+    λ·L_rationale. The authors' code mixes `α·L_label + (1−α)·L_rationale`: λ = (1−α)/α, and its
+    scale is α times this one's.
+
+    Args:
+      batch: the whole global batch or a part of it.
+      tokens: [2] float32, label and rationale tokens of the whole; a role without tokens adds
+        nothing.
+      rationale_weight: λ.
     """
-    means = nll / jnp.where(tokens > 0, tokens, 1.0)  # weights below 1 may sum to less than 1
-    return means[0] + rationale_weight * means[1]
+    shares = jnp.array([1.0, rationale_weight]) / jnp.where(tokens > 0, tokens, 1.0)
+    return jnp.einsum("rbt,r->bt", role_weights(batch), shares)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dslt.errors import InputError
@@ -68,6 +68,19 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(order_devices(sizes, devices), AXES)
 
 
+def local_mesh(mesh: Mesh) -> Mesh:
+    """This process's devices alone; parameters are split as on `mesh`, as far as these go.
+
+    Programs on it need no other process. The mesh itself in a single process.
+    """
+    devices = list(mesh.local_devices)
+    if len(devices) == mesh.size:
+        return mesh
+    tensor = math.gcd(mesh.shape["tensor"], len(devices))
+    fsdp = math.gcd(mesh.shape["fsdp"], len(devices) // tensor)
+    return make_mesh(MeshConfig(-1, fsdp, tensor), devices)
+
+
 def order_devices(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices as an array [data, fsdp, tensor], neighbours along an axis near one another.
 
@@ -99,9 +112,14 @@ def order_devices(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.nda
     )
 
 
+def batch_spec() -> PartitionSpec:
+    """Rows over data and fsdp."""
+    return PartitionSpec(("data", "fsdp"))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp; for each array of a Batch."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """`batch_spec` on a mesh; for each array of a Batch."""
+    return NamedSharding(mesh, batch_spec())
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
@@ -138,13 +156,6 @@ def put_rows(
     return jax.make_array_from_callback(shape, batch_sharding(mesh), rows_of_device)
 
 
-def fetch(array: jax.Array) -> np.ndarray:
-    """The whole global array on every process. All of them must call it."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -175,6 +186,49 @@ def gather_width(table: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(table, PartitionSpec("tensor", None))
 
 
+def gather_matrix(matrix: jax.Array, is_split_last: bool) -> jax.Array:
+    """A layer's matrix, whole over fsdp where it is used; itself where fsdp splits nothing.
+
+    Said in two steps, split and then whole, so that the gradient goes back the same way: one gather
+    in the forward, one in the backward, one reduce-scatter of the gradient. Left to itself XLA
+    gathered twice in a rematerialised backward and summed most gradients whole on every device. TPU
+    compilers form a reduce-scatter along the first dimension alone, so a matrix whose last one is
+    split is gathered transposed.
+
+    Args:
+      matrix: [D, N], or [N, D] where `is_split_last`; D is the model dimension, split over fsdp.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _splits_parameters(mesh):
+        return matrix
+    if is_split_last:
+        return gather_matrix(matrix.T, is_split_last=False).T
+    fsdp, tensor = (
+        axis if size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(("fsdp", "tensor"), matrix.shape, strict=True)
+    )
+    split = jax.lax.with_sharding_constraint(matrix, PartitionSpec(fsdp, tensor))
+    return jax.lax.with_sharding_constraint(split, PartitionSpec(None, tensor))
+
+
+def gather_again(layer):
+    """`layer`, whose backward gathers its matrices again instead of keeping every layer's whole.
+
+    A rematerialised layer does so anyway. Where fsdp splits nothing, it is the layer itself.
+    """
+    if not _splits_parameters(jax.sharding.get_abstract_mesh()):
+        return layer
+
+    def keep(primitive, *_, **__) -> bool:  # everything but what `gather_matrix` makes
+        return primitive.name not in ("sharding_constraint", "transpose")
+
+    return jax.checkpoint(layer, policy=keep, prevent_cse=False)
+
+
+def _splits_parameters(mesh) -> bool:
+    return not mesh.empty and mesh.shape["fsdp"] > 1
+
+
 def row_multiple(mesh: Mesh, accumulation_steps: int = 1) -> int:
     """A batch's rows must be a multiple of this; `batch.pad_rows` makes them so."""
     return mesh.shape["data"] * mesh.shape["fsdp"] * accumulation_steps
@@ -191,7 +245,8 @@ def state_shardings(mesh: Mesh, state):
     """
     params = jax.tree_util.tree_leaves_with_path(getattr(state, "params", state))
     specs = {
-        (_names(path), leaf.shape): _partition(mesh, path, leaf.shape) for path, leaf in params
+        (_names(path), leaf.shape): partition_spec(mesh, *_names(path), shape=leaf.shape)
+        for path, leaf in params
     }
 
     def place(path, leaf):
@@ -213,8 +268,12 @@ def with_shardings(mesh: Mesh, abstract):
     )
 
 
-def _partition(mesh: Mesh, path, shape: tuple[int, ...]) -> PartitionSpec:
-    names = _names(path)
+def partition_spec(mesh, *names: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """Of the parameter whose path ends in `names`, on a Mesh or an AbstractMesh.
+
+    Raises:
+      InputError: it has no line in PARTITION_RULES.
+    """
     for suffix, axes in PARTITION_RULES.items():
         if names[-len(suffix) :] == suffix and len(shape) in (len(axes), len(axes) + 1):
             axes = (None,) * (len(shape) - len(axes)) + axes

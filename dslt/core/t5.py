@@ -18,17 +18,19 @@ Source: the architecture of Raffel et al. 2020 (arXiv 1910.10683) and Shazeer 20
 
 import dataclasses
 import math
+import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dslt.core.batch import PAD_ID, Batch
-from dslt.core.sharding import gather_width, split_rows
+from dslt.core import attention
+from dslt.core.attention import SegmentMask
+from dslt.core.batch import NUM_ROLES, Batch
+from dslt.core.dropout import dropout
+from dslt.core.sharding import gather_again, gather_matrix, gather_width, split_rows
 from dslt.errors import InputError
-
-MASKED = -1e9  # finite, so that a row of padding has a softmax too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,9 @@ class T5Config:
       dtype: of activations, `float32` or `bfloat16`. float16 overflows in T5's feed-forward.
       remat: recompute each layer in the backward pass, for memory.
       scan_unroll: layers per iteration of the scan; more compiles longer and may run faster.
+      attention: `plain`, `flash` (TPUs) or `cudnn` (GPUs); see attention.py. Cached decoding is
+        always plain.
+      attention_dropout_rate: of the softmax's weights; None is `dropout_rate`.
     """
 
     vocab_size: int = 32128
@@ -64,6 +69,8 @@ class T5Config:
     dtype: str = "float32"
     remat: bool = False
     scan_unroll: int = 1
+    attention: str = "plain"
+    attention_dropout_rate: float | None = None
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -85,18 +92,31 @@ class T5Config:
             raise InputError(
                 f"T5Config.relative_attention_num_buckets is {found}; expected at least 4"
             )
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise InputError(
-                f"T5Config.dropout_rate is {self.dropout_rate}; expected 0 <= rate < 1"
-            )
+        for field in ("dropout_rate", "attention_dropout_rate"):
+            rate = getattr(self, field)
+            if rate is not None and not 0.0 <= rate < 1.0:
+                raise InputError(f"T5Config.{field} is {rate}; expected 0 <= rate < 1")
+        attention.check_settings(self.attention, self.dtype, self.d_kv, self.weights_dropout_rate)
+
+    @property
+    def weights_dropout_rate(self) -> float:
+        """The rate at which attention weights are dropped."""
+        is_own = self.attention_dropout_rate is not None
+        return self.attention_dropout_rate if is_own else self.dropout_rate
 
 
-class KVCache(NamedTuple):
-    """What the decoder keeps between steps. Keys and values: [L, B, length, H, K]."""
+class LayerCache(NamedTuple):
+    """What one decoder layer keeps between steps.
 
-    self_keys: jax.Array  # [L, B, T, H, K]
+    The self-attention's N positions are a ring: step t writes column t mod N of all rows at once,
+    whenever each row began. T5 knows relative positions alone, so a column's bias is that of its
+    distance in steps, the same in all rows; which columns a row may see is a mask. N lies before K
+    (heads before positions): each head's keys are one matrix.
+    """
+
+    self_keys: jax.Array  # [B, H, N, M, K]: M beams of a row
     self_values: jax.Array
-    cross_keys: jax.Array  # [L, B, S, H, K]
+    cross_keys: jax.Array  # [B, H, S, K]: once, for all beams
     cross_values: jax.Array
 
 
@@ -107,6 +127,7 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.d_model))
         self.epsilon = config.layer_norm_epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x):
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
@@ -121,17 +142,26 @@ class RelativeBias(nnx.Module):
         self.embedding = _normal(rngs, shape, config.d_model**-0.5)
         self.bidirectional = bidirectional
         self.max_distance = config.relative_attention_max_distance
+        self.implementation = config.attention
 
-    def __call__(self, query_positions, key_positions):
-        """[Q] and [N] int32 positions to a bias [1, H, Q, N] float32."""
-        distances = key_positions[None, :] - query_positions[:, None]
+    def __call__(self, length: int):
+        """The bias of a sequence over itself, in the form that its attention takes."""
+        bias = self.by_distance(jnp.arange(1 - length, length))
+        return attention.bias_form(self.implementation, bias, length)
+
+    def to_keys(self, distances):
+        """The bias of one query over keys at these distances, [N] int32: [1, H, 1, N] float32."""
+        return self.by_distance(distances)[None, :, None]
+
+    def by_distance(self, distances):
+        """[n] int32, key minus query position, to [H, n] float32."""
         num_buckets = self.embedding.shape[0]
         buckets = relative_position_bucket(
             distances, self.bidirectional, num_buckets, self.max_distance
         )
         # A matmul with the one-hot: its backward is a matmul too, where a gather's would scatter.
         one_hot = jax.nn.one_hot(buckets, num_buckets)
-        return jnp.einsum("qnc,ch->hqn", one_hot, self.embedding[...])[None]
+        return jnp.einsum("nc,ch->hn", one_hot, self.embedding[...], precision="highest")
 
 
 class Attention(nnx.Module):
@@ -143,22 +173,35 @@ class Attention(nnx.Module):
         self.key = _normal(rngs, (d_model, heads, head_dim), d_model**-0.5)
         self.value = _normal(rngs, (d_model, heads, head_dim), d_model**-0.5)
         self.out = _normal(rngs, (heads, head_dim, d_model), (heads * head_dim) ** -0.5)
-        self.dropout_rate = config.dropout_rate
+        self.dropout_rate = config.weights_dropout_rate
+        self.implementation = config.attention
 
+    @jax.named_scope("attention")
     def keys_values(self, memory):
         """[B, N, D] to keys and values, each [B, N, H, K]."""
         return _project(memory, self.key), _project(memory, self.value)
 
+    @jax.named_scope("attention")
     def attend(self, x, keys, values, bias, mask, dropout_key=None):
-        """[B, Q, D] over keys [B, N, H, K]; bias [1, H, Q, N] or None; mask [B, 1, Q, N] bool."""
+        """[B, Q, D] over keys [B, N, H, K]; `bias` and `mask` are those of `attention.attend`."""
+        mixed = attention.attend(
+            self.implementation,
+            _project(x, self.query),
+            keys,
+            values,
+            bias,
+            mask,
+            dropout_rate=self.dropout_rate,
+            dropout_key=dropout_key,
+        )
+        return _project(mixed, self.out, num_contracted=2, is_split_last=True)
+
+    @jax.named_scope("attention")
+    def attend_cached(self, x, keys, values, bias, mask):
+        """[B, Q, D] over cached keys [B, H, N, K]; bias [1, H, 1, N] or None; mask [B, 1, Q, N]."""
         queries = _project(x, self.query)
-        scores = jnp.einsum("bqhk,bnhk->bhqn", queries, keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            scores = scores + bias
-        weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(x.dtype)
-        weights = dropout(weights, self.dropout_rate, dropout_key)
-        mixed = jnp.einsum("bhqn,bnhk->bqhk", weights, values)
-        return _project(mixed, self.out, num_contracted=2)
+        mixed = attention.cached_attention(queries, keys, values, bias, mask)
+        return _project(mixed, self.out, num_contracted=2, is_split_last=True)
 
 
 class FeedForward(nnx.Module):
@@ -175,12 +218,14 @@ class FeedForward(nnx.Module):
         self.wo = _normal(rngs, (d_ff, d_model), d_ff**-0.5)
         self.dropout_rate = config.dropout_rate
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x, dropout_key=None):
         if self.is_gated:
             hidden = jax.nn.gelu(_project(x, self.wi_0), approximate=True) * _project(x, self.wi_1)
         else:
             hidden = jax.nn.relu(_project(x, self.wi))
-        return _project(dropout(hidden, self.dropout_rate, dropout_key), self.wo)
+        hidden = dropout(hidden, self.dropout_rate, dropout_key)
+        return _project(hidden, self.wo, is_split_last=True)
 
 
 class EncoderLayer(nnx.Module):
@@ -198,7 +243,7 @@ class EncoderLayer(nnx.Module):
     def __call__(self, x, bias, mask, dropout_key=None):
         """[B, S, D] to [B, S, D]; `bias` is None where each layer has its own."""
         keys = _split(dropout_key, 4)
-        bias = _stack_or_own_bias(self, bias, jnp.arange(x.shape[1]), jnp.arange(x.shape[1]))
+        bias = self.relative_bias(x.shape[1]) if bias is None else bias
         normed = self.self_attention_norm(x)
         memory = self.self_attention.keys_values(normed)
         attended = self.self_attention.attend(normed, *memory, bias, mask, keys[0])
@@ -224,7 +269,7 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x, encoded, bias, self_mask, cross_mask, dropout_key=None):
         """Teacher forcing: [B, T, D] to [B, T, D] over `encoded` [B, S, D]."""
         keys = _split(dropout_key, 6)
-        bias = _stack_or_own_bias(self, bias, jnp.arange(x.shape[1]), jnp.arange(x.shape[1]))
+        bias = self.relative_bias(x.shape[1]) if bias is None else bias
         normed = self.self_attention_norm(x)
         memory = self.self_attention.keys_values(normed)
         attended = self.self_attention.attend(normed, *memory, bias, self_mask, keys[0])
@@ -232,20 +277,23 @@ class DecoderLayer(nnx.Module):
         memory = self.cross_attention.keys_values(encoded)
         return self._after_self_attention(x, memory, cross_mask, keys[2:])
 
-    def step(self, x, cache: KVCache, bias, cross_mask, index):
-        """One position with a cache of this layer: [B, 1, D], and its self keys and values."""
+    def step(self, x, cache: LayerCache, column, bias, self_mask, cross_mask, distances):
+        """One token of each beam: [B, M, D], and the cache with `column` written."""
         normed = self.self_attention_norm(x)
         keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(cached, new, index, axis=1)
+            jax.lax.dynamic_update_slice_in_dim(
+                cached, new.swapaxes(1, 2)[:, :, None], column, axis=2
+            )
             for cached, new in zip(cache[:2], self.self_attention.keys_values(normed), strict=True)
         )
-        positions = jnp.arange(keys.shape[1])
-        bias = _stack_or_own_bias(self, bias, index[None], positions)
-        mask = (positions <= index)[None, None, None, :]
-        x = x + self.self_attention.attend(normed, keys, values, bias, mask)
+        bias = self.relative_bias.to_keys(distances) if bias is None else bias
+        flat = (array.reshape(*array.shape[:2], -1, array.shape[-1]) for array in (keys, values))
+        x = x + self.self_attention.attend_cached(normed, *flat, bias, self_mask)
         memory = cache.cross_keys, cache.cross_values
-        x = self._after_self_attention(x, memory, cross_mask, _split(None, 4))
-        return x, (keys, values)
+        normed = self.cross_attention_norm(x)
+        x = x + self.cross_attention.attend_cached(normed, *memory, None, cross_mask)
+        x = x + self.feed_forward(self.feed_forward_norm(x))
+        return x, cache._replace(self_keys=keys, self_values=values)
 
     def _after_self_attention(self, x, memory, cross_mask, keys):
         normed = self.cross_attention_norm(x)
@@ -267,11 +315,12 @@ class Stack(nnx.Module):
         self.config = config
         self.num_layers = num_layers
 
-    def shared_bias(self, query_positions, key_positions):
-        """The bias of the whole stack [1, H, Q, N], or None where layers have their own."""
+    @jax.named_scope("attention")
+    def shared_bias(self, length: int):
+        """The RelativeBias of the whole stack, or None where layers have their own."""
         if self.config.relative_bias_per_layer:
             return None
-        return self.relative_bias(query_positions, key_positions)
+        return self.relative_bias(length)
 
     def __call__(self, x, *layer_inputs, dropout_key=None):
         """Runs `layer(x, *layer_inputs, key)` for each layer, then the final norm: [B, N, D]."""
@@ -285,21 +334,20 @@ class Stack(nnx.Module):
 
         if self.config.remat:
             run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+        else:
+            run_layer = gather_again(run_layer)
         layer_keys = None if dropout_key is None else keys[2:]
         x, _ = jax.lax.scan(run_layer, x, (params, layer_keys), unroll=self.config.scan_unroll)
         return dropout(self.final_norm(x), self.config.dropout_rate, keys[1])
 
-    def step(self, x, cache: KVCache, bias, cross_mask, index):
-        """One cached position through all layers: [B, 1, D] and the cache written."""
-        graphdef, params = nnx.split(self.layers)
-
-        def run_layer(x, layer):
-            layer_params, layer_cache = layer
-            return nnx.merge(graphdef, layer_params).step(x, layer_cache, bias, cross_mask, index)
-
-        unroll = self.config.scan_unroll
-        x, (keys, values) = jax.lax.scan(run_layer, x, (params, cache), unroll=unroll)
-        return self.final_norm(x), cache._replace(self_keys=keys, self_values=values)
+    def step(self, x, layers, cache: list[LayerCache], *layer_inputs):
+        """One cached token through all `layers` of `unstack`: [B, M, D] and the cache written."""
+        graphdef = nnx.graphdef(self.layers)
+        written = []
+        for layer_params, layer_cache in zip(layers, cache, strict=True):
+            x, layer_cache = nnx.merge(graphdef, layer_params).step(x, layer_cache, *layer_inputs)
+            written.append(layer_cache)
+        return self.final_norm(x), written
 
 
 class T5(nnx.Module):
@@ -316,75 +364,92 @@ class T5(nnx.Module):
 
     def __call__(self, batch: Batch, dropout_key=None):
         """Teacher-forced logits [B, T, V] float32; dropout is off where the key is None."""
+        return self.logits(self.hidden(batch, dropout_key))
+
+    def hidden(self, batch: Batch, dropout_key=None):
+        """Teacher-forced: what the output layer sees, [B, T, D]."""
         encoder_key, decoder_key = _split(dropout_key, 2)
         encoded = self.encode(batch.encoder_input_tokens, batch.encoder_segment_ids, encoder_key)
-        hidden = self.decode(encoded, batch, decoder_key)
-        return self.logits(hidden)
+        return self.decode(encoded, batch, decoder_key)
 
+    @jax.named_scope("encoder")
     def encode(self, tokens, segment_ids, dropout_key=None):
         """[B, S] int32 tokens to [B, S, D]; a token attends to its own segment."""
-        positions = jnp.arange(tokens.shape[1])
-        bias = self.encoder.shared_bias(positions, positions)
-        mask = segment_mask(segment_ids, segment_ids)
+        bias = self.encoder.shared_bias(tokens.shape[1])
+        mask = SegmentMask(segment_ids, segment_ids, is_causal=False)
         return self.encoder(self.embed(tokens), bias, mask, dropout_key=dropout_key)
 
+    @jax.named_scope("decoder")
     def decode(self, encoded, batch: Batch, dropout_key=None):
         """[B, S, D] encodings and the batch's targets to hidden states [B, T, D]."""
-        inputs = shift_right(batch.decoder_target_tokens, batch.decoder_positions)
-        segment_ids = batch.decoder_segment_ids
-        positions = jnp.arange(inputs.shape[1])
-        bias = self.decoder.shared_bias(positions, positions)
-        causal = positions[:, None] >= positions[None, :]
-        self_mask = segment_mask(segment_ids, segment_ids) & causal
-        cross_mask = segment_mask(segment_ids, batch.encoder_segment_ids)
+        inputs, segment_ids = batch.decoder_input_tokens, batch.decoder_segment_ids
+        target_ids = segment_ids * NUM_ROLES + batch.decoder_loss_roles
+        bias = self.decoder.shared_bias(inputs.shape[1])
+        self_mask = SegmentMask(target_ids, target_ids, is_causal=True)
+        cross_mask = SegmentMask(segment_ids, batch.encoder_segment_ids, is_causal=False)
         layer_inputs = encoded, bias, self_mask, cross_mask
-        return self.decoder(self.embed(inputs), *layer_inputs, dropout_key=dropout_key)
+        hidden = self.decoder(self.embed(inputs), *layer_inputs, dropout_key=dropout_key)
+        return self.scale_outputs(hidden)
 
-    def init_cache(self, encoded, max_length: int) -> KVCache:
-        """Cross keys and values of [B, S, D], once, and room for `max_length` decoded positions."""
-        graphdef, params = nnx.split(self.decoder.layers)
+    def cross_keys_values(self, encoded, layers) -> list[tuple[jax.Array, jax.Array]]:
+        """The cross-attention's keys and values of [B, S, D], [B, H, S, K] in each layer."""
+        graphdef = nnx.graphdef(self.decoder.layers)
+        projected = []
+        for layer_params in layers:
+            layer = nnx.merge(graphdef, layer_params)
+            keys_values = layer.cross_attention.keys_values(encoded)
+            projected.append(tuple(x.swapaxes(1, 2) for x in keys_values))
+        return projected
 
-        def project(layer_params):
-            return nnx.merge(graphdef, layer_params).cross_attention.keys_values(encoded)
+    def decode_step(self, tokens, layers, cache, source_mask, step, can_see):
+        """The logits after one more token of each row, or of each of its M beams.
 
-        cross_keys, cross_values = jax.lax.map(project, params)
-        layers, rows, _, heads, head_dim = cross_keys.shape
-        empty = jnp.zeros((layers, rows, max_length, heads, head_dim), encoded.dtype)
-        return KVCache(empty, empty, cross_keys, cross_values)
-
-    def decode_step(self, tokens, cache: KVCache, source_mask, index):
-        """The logits after one more token.
+        The layers are not scanned: the cache of a scan is copied at every step.
 
         Args:
-          tokens: [B] int32, the token at position `index` of the decoder's input.
-          cache: of the positions before `index`.
+          tokens: [B, M] int32, each beam's newest token.
+          layers: of `unstack_layers`.
+          cache: a LayerCache a layer.
           source_mask: [B, S] bool, true at the source's tokens.
-          index: scalar int32.
+          step: scalar int32; writes column `step` mod N of the cache.
+          can_see: [B, M, N, M] bool; whose keys in which columns a beam attends to.
 
         Returns:
-          Logits [B, V] float32 and the cache with position `index` written.
+          Logits [B, M, V] float32 and the cache with a column written.
         """
-        bias = self.decoder.shared_bias(index[None], jnp.arange(cache.self_keys.shape[2]))
-        cross_mask = source_mask[:, None, None, :]
-        hidden, cache = self.decoder.step(
-            self.embed(tokens[:, None]), cache, bias, cross_mask, index
+        rows, beams, length, _ = can_see.shape
+        distances = jnp.repeat(-ring_distances(step, length), beams)
+        has_shared_bias = not self.config.relative_bias_per_layer
+        inputs = (
+            step % length,
+            self.decoder.relative_bias.to_keys(distances) if has_shared_bias else None,
+            can_see.reshape(rows, 1, beams, length * beams),
+            source_mask[:, None, None, :],
+            distances,
         )
-        return self.logits(hidden)[:, 0], cache
+        hidden, cache = self.decoder.step(self.embed(tokens), layers, cache, *inputs)
+        return self.logits(self.scale_outputs(hidden)), cache
 
+    @jax.named_scope("embedding")
     def embed(self, tokens):
         """[B, N] int32 to [B, N, D]."""
         embedded = jnp.take(gather_width(self.token_embedding[...]), tokens, axis=0)
         return split_rows(embedded.astype(self.config.dtype))
 
-    def logits(self, hidden):
-        """[B, N, D] to [B, N, V] float32."""
-        if self.config.scale_decoder_outputs:
-            hidden = hidden * self.config.d_model**-0.5
+    def scale_outputs(self, hidden):
+        """The decoder's last state as the output layer takes it."""
+        return hidden * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else hidden
+
+    def output_weight(self):
+        """[D, V] float32."""
         if self.config.tie_word_embeddings:
-            weight = self.token_embedding[...].T
-        else:
-            weight = self.lm_head[...]
-        weight = weight.astype(hidden.dtype)
+            return self.token_embedding[...].T
+        return self.lm_head[...]
+
+    @jax.named_scope("output_layer")
+    def logits(self, hidden):
+        """[B, N, D], as `hidden` gives it, to [B, N, V] float32."""
+        weight = self.output_weight().astype(hidden.dtype)
         return split_rows(jnp.matmul(hidden, weight, preferred_element_type=jnp.float32))
 
 
@@ -406,15 +471,16 @@ def count_params(params: dict) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def segment_mask(query_segments, key_segments):
-    """[B, Q] and [B, N] segment ids to [B, 1, Q, N] bool: same segment. Padding sees padding."""
-    return query_segments[:, None, :, None] == key_segments[:, None, None, :]
+def unstack_layers(params: dict) -> list[dict]:
+    """The decoder's parameters layer by layer, as decoding takes them."""
+    stacked = params["decoder"]["layers"]
+    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    return [jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(num_layers)]
 
 
-def shift_right(target_tokens, positions):
-    """[B, T] targets to decoder inputs: the token before, and the start token at position 0."""
-    shifted = jnp.roll(target_tokens, 1, axis=1)
-    return jnp.where(positions == 0, PAD_ID, shifted)
+def ring_distances(step, length: int):
+    """[length] int32: how many steps ago each column of a ring was last written; 0 is `step`."""
+    return (step - jnp.arange(length, dtype=jnp.int32)) % length
 
 
 def relative_position_bucket(distances, bidirectional: bool, num_buckets: int, max_distance: int):
@@ -448,45 +514,14 @@ def relative_position_bucket(distances, bidirectional: bool, num_buckets: int, m
     return offset + (distance[..., None] >= starts).sum(-1)
 
 
-def dropout(x, rate: float, key):
-    """Zeroes a share `rate` of the entries and scales the rest up; x itself where key is None.
-
-    Every token draws its own mask. The original T5 shares one along the length, which in a packed
-    row would tie different examples together.
-    """
-    if key is None or rate == 0.0:
-        return x
-    keep = _hashed_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
-    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
-
-
-def _hashed_bits(key, shape: tuple[int, ...]):
-    """Random uint32 for dropout: each entry's index, hashed with the key's two words.
-
-    `jax.random.bits` spends a threefry block on each entry, which on a CPU is most of a train step;
-    a mask needs less. As there, the bits depend on key and shape alone, not on the sharding.
-
-    Source: the finaliser of MurmurHash3 (Appleby, public domain), twice.
-    """
-    first, second = jax.random.key_data(key)
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        index = index * jnp.uint32(shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return _mix(_mix(index ^ first) + second)
-
-
-def _mix(x):
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape))
 
 
-def _project(x, weight: nnx.Param, num_contracted: int = 1):
+def _project(x, weight: nnx.Param, num_contracted: int = 1, is_split_last: bool = False):
     """x [B, N, ...] by a weight whose first `num_contracted` dimensions are x's last: [B, N, ...].
+
+    `is_split_last` says that the weight's last dimension is the one over fsdp, not its first.
 
     Written as one product of matrices: the gradient of a three-dimensional product transposes its
     operands on a CPU, and the feed-forward's backward then takes four times as long.
@@ -494,12 +529,10 @@ def _project(x, weight: nnx.Param, num_contracted: int = 1):
     weight = weight[...].astype(x.dtype)
     contracted, kept = weight.shape[:num_contracted], weight.shape[num_contracted:]
     matrix = weight.reshape(math.prod(contracted), math.prod(kept))
+    if x.shape[1] > 1:  # to decode one position, moving activations is cheaper: XLA may choose
+        matrix = gather_matrix(matrix, is_split_last)
     return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[:2], *kept)
 
 
 def _split(key, num: int):
     return [None] * num if key is None else jax.random.split(key, num)
-
-
-def _stack_or_own_bias(layer, bias, query_positions, key_positions):
-    return layer.relative_bias(query_positions, key_positions) if bias is None else bias

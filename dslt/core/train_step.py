@@ -12,6 +12,7 @@ from flax import nnx
 
 from dslt.core import losses, sharding
 from dslt.core.batch import Batch
+from dslt.core.cross_entropy import linear_cross_entropy
 from dslt.errors import InputError
 
 
@@ -83,9 +84,14 @@ def train_step(
 
     def microbatch_loss(params, microbatch, key):
         with sharding.inside(mesh):
-            logits = nnx.merge(graphdef, params)(microbatch, key)
-        sums = losses.sum_by_role(logits, microbatch)
-        return losses.combine(sums.nll, tokens, rationale_weight), sums
+            model = nnx.merge(graphdef, params)
+            loss, nll, is_correct = linear_cross_entropy(
+                model.hidden(microbatch, key),
+                model.output_weight(),
+                microbatch.decoder_target_tokens,
+                losses.objective_weights(microbatch, tokens, rationale_weight),
+            )
+        return loss, losses.sum_by_role(nll, is_correct, microbatch)
 
     gradient = jax.value_and_grad(microbatch_loss, has_aux=True)
     if accumulation_steps == 1:
@@ -94,11 +100,13 @@ def train_step(
         (loss, sums), grads = _accumulate(
             gradient, state.params, batch, step_key, accumulation_steps
         )
-    grad_norm = optax.tree.norm(grads)
-    if clip_norm:
-        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip_norm / (grad_norm + 1e-12)), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        grad_norm = optax.tree.norm(grads)
+        if clip_norm:
+            scale = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, sums, grad_norm)
 
 

@@ -13,11 +13,11 @@ the lengths alone: nothing to save, and any host can build any step's rows.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE, Batch, empty_batch
+from dslt.core.batch import PAD_ID, ROLE_LABEL, ROLE_RATIONALE, Batch, empty_batch
 from dslt.errors import InputError
 
 # Window loads must differ little for rows to be full: 2,048 pairs of SVAMP or CQA vary by 1 %.
@@ -34,6 +34,8 @@ SPARED = 0.005  # the share of a side that they must leave free, for windows not
 MIN_ROW_SEGMENTS = np.array([3, 2])  # of the longest, source and target, a row must hold
 MAX_FILL = 0.99  # above it packing is not even tried: it would fail, and slowly
 MIN_FILL = 0.9  # below it a suggestion adds rows and no longer lengthens them
+
+START_IDS = {ROLE_LABEL: PAD_ID, ROLE_RATIONALE: PAD_ID}  # T5's; the source names the task
 
 SWAPS_ASIDE = 128  # of them, items of the bin that overflows
 MAX_SWAPS = 1 << 14  # candidates looked at for one swap; all of them where bins are small
@@ -326,11 +328,37 @@ class TokenTable:
     offsets: np.ndarray
 
 
+def share_sources(segments: Segments, lengths: np.ndarray) -> Segments:
+    """Two targets to one source: splits segments that were planned with both targets in a row.
+
+    Args:
+      segments: planned from lengths of which the first target's is that of both together, and the
+        second source and target are zeros.
+      lengths: [pairs, 4] integers, as they are.
+
+    Returns:
+      The label segments as planned, each followed by one of the same id with the rationale's target
+      and no source of its own.
+    """
+    label, rationale = lengths[segments.pair, 1], lengths[segments.pair, 3]
+    index = np.repeat(np.arange(len(segments.pair)), 1 + (rationale > 0))
+    is_rationale = np.diff(index, prepend=-1) == 0
+    segments = segments.where(index)
+    return dataclasses.replace(
+        segments,
+        role=np.where(is_rationale, ROLE_RATIONALE, ROLE_LABEL),
+        target_start=segments.target_start + np.where(is_rationale, label[index], 0),
+        source_length=np.where(is_rationale, 0, segments.source_length),
+        target_length=np.where(is_rationale, rationale[index], label[index]),
+    )
+
+
 def build_batch(
     segments: Segments,
     sources: Sequence[tuple[np.ndarray, np.ndarray, TokenTable, TokenTable]],
     shape: RowShape,
     rows: np.ndarray | None = None,
+    start_ids: Mapping[int, int] = START_IDS,
 ) -> Batch:
     """Writes one batch's segments, or those of some of its rows, into arrays.
 
@@ -341,6 +369,7 @@ def build_batch(
       shape: of the whole batch.
       rows: [n] row numbers to build, each once and in this order; numbers from `shape.rows` on are
         rows of padding. All rows of the batch by default.
+      start_ids: role to the token that the decoder starts with.
     """
     rows = np.arange(shape.rows) if rows is None else np.asarray(rows)
     place = np.full(max(shape.rows, rows.max(initial=-1) + 1), -1)  # row of the batch -> row here
@@ -361,11 +390,13 @@ def build_batch(
 
         length = segments.target_length[index]
         cells, ramp = _ramps(target_cell[index], length)
+        roles = np.repeat(segments.role[index], length)
         tokens = targets.tokens[_gather(targets, entry, length, ramp)]
+        starts = np.select([roles == role for role in start_ids], list(start_ids.values()))
+        batch.decoder_input_tokens.flat[cells] = np.where(ramp == 0, starts, np.roll(tokens, 1))
         batch.decoder_target_tokens.flat[cells] = tokens
         batch.decoder_segment_ids.flat[cells] = np.repeat(ids, length)
-        batch.decoder_positions.flat[cells] = ramp
-        batch.decoder_loss_roles.flat[cells] = np.repeat(segments.role[index], length)
+        batch.decoder_loss_roles.flat[cells] = roles
         batch.decoder_loss_weights.flat[cells] = 1.0
     return batch
 

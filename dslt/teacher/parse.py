@@ -111,8 +111,13 @@ def answer_form(example: Example) -> AnswerForm:
 
 
 def choices_of(example: Example) -> list[str]:
-    """The choices' texts that the input lists below `Answer Choices:`, in order; [] if none."""
-    _, _, listed = example.input.partition(_CHOICES_HEADING)
+    """The choices' texts that the example's input lists (see `choices_in`)."""
+    return choices_in(example.input)
+
+
+def choices_in(text: str) -> list[str]:
+    """The choices' texts that a problem lists below `Answer Choices:`, in order; [] if none."""
+    _, _, listed = text.partition(_CHOICES_HEADING)
     return [text.strip() for _, text in _CHOICE_LINE.findall(listed)]
 
 

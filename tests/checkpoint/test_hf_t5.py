@@ -57,7 +57,7 @@ def one_example_a_row(expected: dict[str, np.ndarray]) -> Batch:
         encoder_segment_ids=(inputs != 0).astype(np.int32),
         decoder_target_tokens=targets,
         decoder_segment_ids=is_target,
-        decoder_positions=np.tile(np.arange(targets.shape[1], dtype=np.int32), (len(targets), 1)),
+        decoder_input_tokens=np.pad(targets[:, :-1], ((0, 0), (1, 0))),
         decoder_loss_roles=is_target,
         decoder_loss_weights=is_target.astype(np.float32),
     )

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE, Batch, empty_batch, pad_rows
+from dslt.core.batch import (
+    ROLE_LABEL,
+    ROLE_RATIONALE,
+    Batch,
+    count_targets,
+    empty_batch,
+    pad_rows,
+)
 
 
 def test_empty_batch_is_padding_of_the_stated_shapes_and_types():
@@ -38,3 +45,14 @@ def test_pad_rows_leaves_a_multiple_alone():
     batch = empty_batch(6, 2, 2)
     assert pad_rows(batch, 3) is batch
     assert isinstance(pad_rows(batch, 4), Batch)
+
+
+def test_count_targets_of_a_role(build_batch):
+    label, rationale = ([5], [7, 1], ROLE_LABEL), ([6], [8, 8, 1], ROLE_RATIONALE)
+    batch = build_batch([[label, rationale, label], [rationale], [label]], 4, 8)
+    batch = pad_rows(batch, 5)
+    assert count_targets(batch, ROLE_LABEL) == 3
+    assert count_targets(batch, ROLE_RATIONALE) == 2
+    batch.decoder_segment_ids[0, 2:5] = 1  # the rationale now shares the label's source
+    assert count_targets(batch, ROLE_LABEL) == 3
+    assert count_targets(batch, ROLE_RATIONALE) == 2

@@ -1,8 +1,12 @@
 """The FLOPs formula against a count by hand."""
 
 import dataclasses
+import functools
 
-from dslt.core.flops import train_step_flops
+import jax
+import jax.numpy as jnp
+
+from dslt.core.flops import decode_flops, traced_flops, train_step_flops
 from dslt.core.t5 import T5Config, abstract_params, count_params
 
 CONFIG = T5Config(
@@ -25,3 +29,36 @@ def test_all_parameters_but_the_embedding_norms_and_biases_are_matrices():
 def test_relu_has_one_matrix_less():
     relu = dataclasses.replace(CONFIG, feed_forward_proj="relu")
     assert train_step_flops(CONFIG, 1, 0) - train_step_flops(relu, 1, 0) == 6 * 4 * 5
+
+
+def traced(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return traced_flops(jax.jit(function).trace(*arguments).jaxpr.jaxpr)
+
+
+def test_traced_products_count_in_loops_and_in_rematerialised_layers():
+    def layer(x, w):
+        return jnp.tanh(x @ w) @ w, None
+
+    def loss(x, w, layer=layer):
+        return jax.lax.scan(lambda x, _: layer(x, w), x, None, length=5)[0].sum()
+
+    product = 2 * 8 * 16 * 16
+    assert traced(loss, (8, 16), (16, 16)) == 5 * 2 * product
+    assert traced(jax.grad(loss, argnums=1), (8, 16), (16, 16)) == 5 * 6 * product
+    again = functools.partial(loss, layer=jax.checkpoint(layer))
+    # The forward, in the backward the first product again, and twice as much for the gradients.
+    assert traced(jax.grad(again, argnums=1), (8, 16), (16, 16)) == 5 * 7 * product
+
+
+def test_traced_flops_are_xlas_own_where_nothing_loops():
+    def function(a, b):
+        return jnp.einsum("bqhk,bnhk->bhqn", a, b)
+
+    shapes = (2, 8, 3, 4), (2, 16, 3, 4)
+    compiled = jax.jit(function).lower(*(jnp.ones(shape) for shape in shapes)).compile()
+    assert traced(function, *shapes) == compiled.cost_analysis()["flops"] == 2 * 2 * 3 * 8 * 16 * 4
+
+
+def test_decoding_is_a_forward():
+    assert decode_flops(CONFIG, 7, 3) == train_step_flops(CONFIG, 7, 3) / 3

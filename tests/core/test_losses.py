@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dslt.core import losses
 from dslt.core.batch import ROLE_LABEL, ROLE_NONE, ROLE_RATIONALE
-from dslt.core.losses import combine, role_weights, sum_by_role
+from dslt.core.cross_entropy import linear_cross_entropy
+from dslt.core.losses import RoleSums, objective_weights, role_weights
 
 LABEL, RATIONALE = 0, 1  # the rows of RoleSums
 
@@ -32,6 +34,21 @@ def batch(build_batch):
     )
 
 
+def sum_by_role(logits, batch) -> RoleSums:
+    """The sums of a batch whose logits are given: an output layer of ones on the diagonal."""
+    arrays = logits, jnp.eye(logits.shape[-1]), batch.decoder_target_tokens
+    _, nll, is_correct = linear_cross_entropy(*arrays, batch.decoder_loss_weights)
+    return losses.sum_by_role(nll, is_correct, batch)
+
+
+def objective(logits, batch, rationale_weight: float, tokens=None):
+    """L_label + λ·L_rationale, over `tokens` or the batch's own."""
+    tokens = role_weights(batch).sum((1, 2)) if tokens is None else jnp.asarray(tokens)
+    weights = objective_weights(batch, tokens, rationale_weight)
+    arrays = logits, jnp.eye(logits.shape[-1]), batch.decoder_target_tokens
+    return linear_cross_entropy(*arrays, weights)[0]
+
+
 @pytest.fixture
 def logits():
     return jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 5)), jnp.float32)
@@ -46,14 +63,15 @@ def test_sums_by_hand():
     batch.decoder_loss_roles[:] = [[ROLE_LABEL, ROLE_RATIONALE, ROLE_RATIONALE]]
     batch.decoder_loss_weights[:] = [[1.0, 1.0, 0.5]]
     shares = [[5, 1, 1, 1], [1, 1, 4, 2], [1, 7, 1, 1]]  # p = 5/8, 2/8, 7/10 of the targets
-    sums = sum_by_role(jnp.log(jnp.asarray([shares], jnp.float32)), batch)
+    logits = jnp.log(jnp.asarray([shares], jnp.float32))
+    sums = sum_by_role(logits, batch)
     label_nll = math.log(8 / 5)
     rationale_nll = math.log(8 / 2) + 0.5 * math.log(10 / 7)
     np.testing.assert_allclose(sums.nll, [label_nll, rationale_nll], rtol=1e-6)
     np.testing.assert_allclose(sums.correct, [1.0, 0.5])  # the second token is missed
     np.testing.assert_allclose(sums.tokens, [1.0, 1.5])
     expected = label_nll + 0.3 * rationale_nll / 1.5
-    np.testing.assert_allclose(combine(sums.nll, sums.tokens, 0.3), expected, rtol=1e-6)
+    np.testing.assert_allclose(objective(logits, batch, 0.3), expected, rtol=1e-6)
 
 
 def test_each_weight_belongs_to_one_role(batch):
@@ -84,12 +102,12 @@ def test_a_weight_without_role_changes_nothing(batch, logits):
 
 def test_gradient_reaches_weighted_tokens_alone(batch, logits):
     batch.decoder_loss_weights[1, 0] = 0.0
-    reached = jax.grad(lambda x: sum_by_role(x, batch).nll.sum())(logits)
+    reached = jax.grad(objective)(logits, batch, 1.0)
     np.testing.assert_array_equal(np.abs(reached).sum(-1) > 0, batch.decoder_loss_weights > 0)
 
 
-def test_rationale_logits_do_not_reach_the_label_sums(batch, logits):
-    gradient = jax.grad(lambda x: sum_by_role(x, batch).nll[LABEL])(logits)
+def test_rationale_logits_do_not_reach_the_label_loss(batch, logits):
+    gradient = jax.grad(objective)(logits, batch, 0.0)
     is_label = batch.decoder_loss_roles == ROLE_LABEL
     np.testing.assert_array_equal(np.abs(gradient).sum(-1) > 0, is_label)
 
@@ -105,37 +123,50 @@ def test_sums_of_microbatches_add_up(batch, logits):
     )  # the order of float32 additions differs
 
 
+def test_the_objective_is_the_sum_of_two_means(batch, logits):
+    sums = sum_by_role(logits, batch)
+    means = sums.nll / sums.tokens
+    np.testing.assert_allclose(objective(logits, batch, 0.7), means[0] + 0.7 * means[1], rtol=1e-6)
+
+
 @pytest.mark.parametrize("alpha", [0.5, 0.2, 0.9])
-def test_relation_to_the_authors_alpha(alpha):
+def test_relation_to_the_authors_alpha(batch, logits, alpha):
     """α·L_label + (1−α)·L_rationale is α times the objective at λ = (1−α)/α."""
-    nll, tokens = jnp.asarray([6.0, 35.0]), jnp.asarray([3.0, 7.0])
-    theirs = alpha * 2.0 + (1 - alpha) * 5.0
-    ours = combine(nll, tokens, (1 - alpha) / alpha)
+    sums = sum_by_role(logits, batch)
+    label, rationale = sums.nll / sums.tokens
+    theirs = alpha * label + (1 - alpha) * rationale
+    ours = objective(logits, batch, (1 - alpha) / alpha)
     np.testing.assert_allclose(alpha * ours, theirs, rtol=1e-6)
 
 
-def test_the_weight_is_no_token_share():
-    """Ten times the rationale tokens at the same nats a token leave the objective as it was."""
-    few = combine(jnp.asarray([2.0, 3.0]), jnp.asarray([1.0, 2.0]), 0.5)
-    many = combine(jnp.asarray([2.0, 30.0]), jnp.asarray([1.0, 20.0]), 0.5)
-    np.testing.assert_allclose([few, many], 2.0 + 0.5 * 1.5)
+def test_the_weight_is_no_token_share(batch):
+    """A role's tokens share its weight, however many they are."""
+    few = objective_weights(batch, jnp.asarray([2.0, 2.0]), 0.5)
+    many = objective_weights(batch, jnp.asarray([2.0, 20.0]), 0.5)
+    is_rationale = batch.decoder_loss_roles == ROLE_RATIONALE
+    np.testing.assert_allclose(few[is_rationale], 0.5 / 2)
+    np.testing.assert_allclose(many[is_rationale], 0.5 / 20)
+    np.testing.assert_array_equal(few[~is_rationale], many[~is_rationale])
 
 
-@pytest.mark.parametrize(
-    ("nll", "tokens", "expected"),
-    [([6.0, 0.0], [3.0, 0.0], 2.0), ([0.0, 6.0], [0.0, 3.0], 4.0), ([0.0, 0.0], [0.0, 0.0], 0.0)],
-)
-def test_a_role_without_tokens_adds_nothing(nll, tokens, expected):
-    value, gradient = jax.value_and_grad(combine)(jnp.asarray(nll), jnp.asarray(tokens), 2.0)
-    assert value == expected
+@pytest.mark.parametrize("role", [LABEL, RATIONALE])
+def test_a_role_without_tokens_adds_nothing(batch, logits, role):
+    weights = role_weights(batch)
+    batch = batch._replace(decoder_loss_weights=np.asarray(weights[1 - role]))
+    sums = sum_by_role(logits, batch)
+    assert sums.tokens[role] == 0
+    rate = (1.0, 2.0)[1 - role]
+    expected = rate * sums.nll[1 - role] / sums.tokens[1 - role]
+    value, gradient = jax.value_and_grad(objective)(logits, batch, 2.0)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
     assert np.isfinite(gradient).all()
 
 
-def test_scaling_a_roles_weights_changes_nothing():
+def test_scaling_a_roles_weights_changes_nothing(batch, logits):
     """A mean has no scale, also where fractional weights sum to less than one token."""
-    whole = combine(jnp.asarray([6.0, 8.0]), jnp.asarray([3.0, 4.0]), 1.0)
-    tenth = combine(jnp.asarray([0.6, 0.8]), jnp.asarray([0.3, 0.4]), 1.0)
-    np.testing.assert_allclose(tenth, whole, rtol=1e-6)
+    expected = objective(logits, batch, 1.0)
+    tenth = batch._replace(decoder_loss_weights=batch.decoder_loss_weights / 10)
+    np.testing.assert_allclose(objective(logits, tenth, 1.0), expected, rtol=1e-6)
 
 
 def test_a_large_vocabulary_logit_does_not_overflow(batch, logits):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dslt.core import sharding, t5
+from dslt.core import hlo, sharding, t5
 from dslt.core.batch import PAD_ID, ROLE_LABEL, ROLE_RATIONALE, Batch, empty_batch, pad_rows
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import PARTITION_RULES, MeshConfig, make_mesh, state_shardings
@@ -85,7 +85,8 @@ def make_batch(rows: int) -> Batch:
         batch.encoder_segment_ids[row] = np.where(np.arange(12) < 5, 1, 2)
         batch.decoder_target_tokens[row] = rng.integers(2, 40, 10)
         batch.decoder_segment_ids[row] = np.where(np.arange(10) < split, 1, 2)
-        batch.decoder_positions[row] = [*range(split), *range(10 - split)]
+        batch.decoder_input_tokens[row, 1:] = batch.decoder_target_tokens[row, :-1]
+        batch.decoder_input_tokens[row, [0, split]] = PAD_ID
         roles = [ROLE_LABEL] * split + [ROLE_RATIONALE] * (10 - split)
         batch.decoder_loss_roles[row] = roles if row % 2 else roles[::-1]
     batch.decoder_loss_weights[:] = 1.0
@@ -188,6 +189,16 @@ def test_data_parallel_step_needs_all_reduce_alone(accumulation):
     assert collectives(program) == {"all-reduce"}
     *_, program, _ = take_step("adamw", 0.2, 2, MESHES["fsdp8"])
     assert "all-gather" in collectives(program)  # the search does find what is there
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_roles_move_no_row_and_the_host_is_left_alone(mesh):
+    """No all-to-all and no permutation, in either of two microbatches; no callback, no infeed."""
+    *_, program, _ = take_step("adamw", 0.2, 2, MESHES[mesh])
+    found = hlo.find_collectives(program, mesh_of(MESHES[mesh]).shape)
+    assert {c.kind for c in found} <= {"all-reduce", "all-gather", "reduce-scatter"}
+    assert all(c.times and "?" not in c.axes for c in found)
+    assert hlo.find_host_transfers(program) == []
 
 
 @pytest.mark.parametrize("mesh", ["fsdp8", "fsdp4_tensor2", "data2_fsdp2_tensor2"])
@@ -368,7 +379,7 @@ def test_one_process_holds_all_rows_and_puts_them_in_order():
     array = np.arange(24).reshape(8, 3)
     placed = sharding.put_rows(array, mesh, rows, 8)
     assert placed.sharding == sharding.batch_sharding(mesh)
-    np.testing.assert_array_equal(sharding.fetch(placed), array)
+    np.testing.assert_array_equal(placed, array)
     np.testing.assert_array_equal(sharding.put_rows(array, mesh), array)
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dslt.core import t5
-from dslt.core.batch import PAD_ID, ROLE_LABEL, pad_rows
+from dslt.core.batch import PAD_ID, ROLE_LABEL, ROLE_RATIONALE, pad_rows
 
 SHAPE = {
     "vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 2, "num_layers": 3,
@@ -121,11 +121,19 @@ def test_gradients_reach_only_the_past_and_the_own_segment(student, build_batch)
         np.testing.assert_array_equal(reached, list(own_targets))
 
 
-def test_shift_right_starts_every_segment_anew(build_batch):
-    batch = build_batch([[FIRST, SECOND]], 16, 12)
-    shifted = t5.shift_right(batch.decoder_target_tokens, batch.decoder_positions)
-    expected = [PAD_ID, 7, 5, 30, PAD_ID, 12, 13, 14, 15, 16]
-    np.testing.assert_array_equal(shifted[0, :10], expected)
+def test_two_targets_of_one_source_do_not_see_each_other(student, build_batch):
+    """The shared encoder's form, one segment of two roles, equals two segments with the source."""
+    config, params = student
+    source, label, rationale = [5, 6, 7], [8, 9, 1], [10, 11, 12, 1]
+    apart = build_batch(
+        [[(source, label, ROLE_LABEL)], [(source, rationale, ROLE_RATIONALE)]], 4, 8
+    )
+    together = build_batch([[(source, label + rationale, ROLE_LABEL)]], 4, 8)
+    together.decoder_loss_roles[0, 3:7] = ROLE_RATIONALE
+    together.decoder_input_tokens[0, 3] = PAD_ID
+    expected, found = run(config, params, apart), run(config, params, together)
+    np.testing.assert_allclose(found[0, :3], expected[0, :3], atol=FLOAT32_SUMS)
+    np.testing.assert_allclose(found[0, 3:7], expected[1, :4], atol=FLOAT32_SUMS)
 
 
 @ONE_KIND_OF_BIAS

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE
+from dslt.core.batch import PAD_ID, ROLE_LABEL, ROLE_RATIONALE
 from dslt.data.packing import (
     PairOrder,
     RowShape,
@@ -233,8 +233,8 @@ def test_unpacking_the_rows_gives_back_every_token_of_the_window(planned):
                 pair = source[0] // 1000 - 1
                 assert source.tolist() == (1000 * (pair + 1) + np.arange(len(source))).tolist()
                 assert target.tolist() == (1000 * (pair + 1) + np.arange(len(target))).tolist()
-                positions = batch.decoder_positions[row][is_target]
-                assert positions.tolist() == list(range(len(target)))
+                inputs = batch.decoder_input_tokens[row][is_target]
+                assert inputs.tolist() == [PAD_ID, *target[:-1]]
                 assert (batch.decoder_loss_weights[row][is_target] == 1).all()
                 which = 0 if role == ROLE_LABEL else 2
                 assert (len(source), len(target)) == tuple(window[pair, which : which + 2])
@@ -257,7 +257,7 @@ def test_what_is_no_segment_is_zero_in_every_array(planned):
 def test_hosts_build_the_rows_that_one_host_would(planned, hosts):
     rows = planned[1].rows
     bounds = np.linspace(0, rows, hosts + 1).astype(int)
-    shares = [list(batches_of(planned, slice(*pair))) for pair in itertools.pairwise(bounds)]
+    shares = [list(batches_of(planned, np.arange(*pair))) for pair in itertools.pairwise(bounds)]
     for whole, *parts in zip(batches_of(planned), *shares, strict=True):
         for name in whole._fields:
             joined = np.concatenate([getattr(part, name) for part in parts])

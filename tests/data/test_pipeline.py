@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE
+from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE, BatchCounts, count_targets
 from dslt.data.pipeline import TrainStream, eval_inputs, make_vocabulary
 from dslt.data.vocabulary import load_vocabulary
 from dslt.errors import InputError
@@ -44,6 +44,47 @@ def expected_segments(examples, vocabulary, use_rationales=True, label="label"):
         yield tokens("predict: " + example.input), tokens(getattr(example, label)), ROLE_LABEL
         if use_rationales and example.rationale:
             yield tokens("explain: " + example.input), tokens(example.rationale), ROLE_RATIONALE
+
+
+def test_with_a_shared_encoder_each_source_comes_once(config, cache_dir, examples, vocabulary):
+    """A segment holds the bare input and both targets; the start token tells them apart."""
+    prefixes = {"input_prefix_label": "", "input_prefix_rationale": ""}
+    config = dataclasses.replace(config, shared_encoder=True, **prefixes)
+    stream = open_stream(config, cache_dir)
+    by_id = {f"{example.dataset}/{example.id}": example for example in examples}
+
+    def tokens(text):
+        return [*vocabulary.encode(text), 1]
+
+    for step in range(4):
+        batch = stream.batch(step)
+        found = []
+        for row, ids in enumerate(batch.encoder_segment_ids):
+            for segment in range(1, ids.max() + 1):
+                segment_targets = []
+                for role, start in ((ROLE_LABEL, 0), (ROLE_RATIONALE, 1)):
+                    mine = (batch.decoder_segment_ids[row] == segment) & (
+                        batch.decoder_loss_roles[row] == role
+                    )
+                    target = batch.decoder_target_tokens[row][mine].tolist()
+                    inputs = batch.decoder_input_tokens[row][mine].tolist()
+                    assert inputs == ([start, *target[:-1]] if target else [])
+                    segment_targets.append(target)
+                found.append(
+                    (batch.encoder_input_tokens[row][ids == segment].tolist(), *segment_targets)
+                )
+        chosen = [by_id[name] for name in stream.examples(step)]
+        expected = [
+            (tokens(e.input), tokens(e.label), tokens(e.rationale) if e.rationale else [])
+            for e in chosen
+        ]
+        assert sorted(found) == sorted(expected)
+        assert stream.counts(step) == counts_of(batch)
+
+
+def test_a_shared_encoder_wants_equal_prefixes(config):
+    with pytest.raises(InputError, match="'predict: ' and input_prefix_rationale 'explain: '"):
+        dataclasses.replace(config, shared_encoder=True)
 
 
 def same(left, right):
@@ -97,18 +138,22 @@ def test_hosts_share_the_rows_of_one_batch(stream):
         whole = stream.batch(step)
         parts = [stream.batch(step, np.array([row])) for row in range(rows)]
         assert same([np.concatenate(arrays) for arrays in zip(*parts, strict=True)], whole)
-        mixed = stream.batch(step, np.array([rows + 1, rows - 1, 0]))  # the first is padding
-        assert not any(array[0].any() for array in mixed)
-        assert same([array[1:] for array in mixed], [array[[rows - 1, 0]] for array in whole])
+        turned = stream.batch(step, np.array([rows + 1, *reversed(range(rows))]))
+        assert not any(array[0].any() for array in turned)  # padding
+        assert same([array[1:] for array in turned], [array[::-1] for array in whole])
 
 
 def test_counts_are_those_of_the_whole_batch(stream):
     for step in range(4):
-        batch, counts = stream.batch(step), stream.counts(step)
-        starts = batch.decoder_positions == 0
-        assert counts.examples == np.sum(starts & (batch.decoder_loss_roles == ROLE_LABEL))
-        assert counts.source_tokens == np.count_nonzero(batch.encoder_segment_ids)
-        assert counts.target_tokens == np.count_nonzero(batch.decoder_segment_ids)
+        assert stream.counts(step) == counts_of(stream.batch(step))
+
+
+def counts_of(batch):
+    return BatchCounts(
+        examples=count_targets(batch, ROLE_LABEL),
+        source_tokens=np.count_nonzero(batch.encoder_segment_ids),
+        target_tokens=np.count_nonzero(batch.decoder_segment_ids),
+    )
 
 
 def test_without_rationales_the_same_examples_come_without_their_rationales(

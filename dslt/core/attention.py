@@ -1,0 +1,180 @@
+"""Attention by implementation, over queries, keys and values that are projected already.
+
+    plain   everywhere: scores [B, H, Q, N] in memory, softmax in float32
+    flash   TPUs: a Pallas kernel without them (flash_attention.py); the same numbers, dropout too
+    cudnn   NVIDIA GPUs: cuDNN's fused attention; the same numbers, without dropout of the weights.
+            Not run on a GPU yet: its numbers are tested through XLA's form of the same function.
+
+The relative-position bias comes from t5.py by distance, [H, Q + N - 1]; `flash` takes it so, the
+others take it expanded (`bias_form`), once for all layers that share it. Letters as in t5.py.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dslt.core.dropout import dropout
+from dslt.core.flash_attention import flash_attention
+from dslt.errors import InputError
+
+IMPLEMENTATIONS = ("plain", "flash", "cudnn")
+MASKED = -1e9  # finite, so that a row of padding has a softmax too
+
+
+class SegmentMask(NamedTuple):
+    """Who sees whom in packed rows: a query the keys of its own segment, of the past if causal."""
+
+    query_segments: jax.Array  # [B, Q] int32, 0 is padding
+    key_segments: jax.Array  # [B, N] int32
+    is_causal: bool
+
+    def expand(self):
+        """[B, 1, Q, N] bool. Padding sees padding."""
+        mask = self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :]
+        if self.is_causal:
+            query, key = (jax.lax.broadcasted_iota(jnp.int32, mask.shape, axis) for axis in (2, 3))
+            mask &= query >= key
+        return mask
+
+
+def attend(
+    implementation: str,
+    queries,
+    keys,
+    values,
+    bias,
+    mask,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key=None,
+):
+    """softmax(queries·keysᵀ + bias)·values under the mask; scores are not scaled.
+
+    Args:
+      queries: [B, Q, H, K].
+      keys, values: [B, N, H, K].
+      bias: as `bias_form` makes it, or None.
+      mask: a SegmentMask; or bool [B or 1, 1, Q, N] for cached decoding, which is always plain
+        and takes its bias expanded. Padding's results are finite and otherwise not defined.
+      dropout_key: of dropout on the softmax's weights; None turns it off.
+
+    Returns:
+      [B, Q, H, K].
+    """
+    is_packed = isinstance(mask, SegmentMask)
+    if implementation == "flash" and is_packed:
+        return flash_attention(
+            queries,
+            keys,
+            values,
+            bias,
+            *mask,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+        )
+    if is_packed:
+        mask = mask.expand()
+        if implementation == "cudnn":
+            return fused_attention(queries, keys, values, bias, mask)
+    return plain_attention(queries, keys, values, bias, mask, dropout_rate, dropout_key)
+
+
+def plain_attention(queries, keys, values, bias, mask, dropout_rate=0.0, dropout_key=None):
+    """As `attend`, with bias [1, H, Q, N] and mask [B or 1, 1, Q, N] bool."""
+    scores = jnp.einsum("bqhk,bnhk->bhqn", queries, keys, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(values.dtype)
+    weights = dropout(weights, dropout_rate, dropout_key)
+    return jnp.einsum("bhqn,bnhk->bqhk", weights, values)
+
+
+def cached_attention(queries, keys, values, bias, mask):
+    """One new position over cached ones, whose heads lie before positions.
+
+    Args:
+      queries: [B, Q, H, K].
+      keys, values: [B, H, N, K].
+      bias: [1, H, 1, N] float32 or None.
+      mask: [B, 1, Q, N] bool.
+
+    Returns:
+      [B, Q, H, K].
+    """
+    scores = jnp.einsum("bqhk,bhnk->bhqn", queries, keys, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(values.dtype)
+    return jnp.einsum("bhqn,bhnk->bqhk", weights, values)
+
+
+def fused_attention(queries, keys, values, bias, mask, implementation: str = "cudnn"):
+    """As `plain_attention` without dropout, by `jax.nn.dot_product_attention`.
+
+    cuDNN takes one additive array, so bias and mask together are [B, H, Q, N] in memory, in the
+    type of the queries; the scores and their gradients are not.
+    """
+    if bias is not None:
+        bias = bias.astype(queries.dtype)
+    return jax.nn.dot_product_attention(
+        queries, keys, values, bias, mask, scale=1.0, implementation=implementation
+    )
+
+
+def bias_form(implementation: str, bias, num_queries: int):
+    """A bias by distance [H, Q + N - 1] in the form that `attend` takes."""
+    return bias if implementation == "flash" else expand_bias(bias, num_queries)
+
+
+def expand_bias(bias, num_queries: int):
+    """[H, Q + N - 1], entry d of key minus query position d - (Q - 1), to [1, H, Q, N].
+
+    Each row is the one above, one to the right. Written without a gather, whose backward would be
+    a scatter: the vector repeated Q times, cut into rows that are one shorter than its period.
+    """
+    heads, length = bias.shape
+    period = jnp.pad(bias, ((0, 0), (0, 1)))
+    rows = jnp.tile(period, num_queries)[:, : num_queries * length]
+    rows = rows.reshape(heads, num_queries, length)
+    return rows[None, :, :, num_queries - 1 :]
+
+
+def check_settings(implementation: str, dtype: str, head_dim: int, dropout_rate: float) -> None:
+    """Raises InputError where T5Config's fields do not go with its `attention`."""
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"T5Config.attention is {implementation!r}; expected one of {IMPLEMENTATIONS}"
+        )
+    if implementation != "cudnn":
+        return
+    if dropout_rate > 0:
+        raise InputError(
+            f"T5Config.attention is 'cudnn', which has no dropout of attention weights, but their "
+            f"rate is {dropout_rate}; set T5Config.attention_dropout_rate = 0.0 (other dropout "
+            "stays), or T5Config.attention = 'plain'"
+        )
+    if dtype != "bfloat16":
+        raise InputError(
+            f"T5Config.attention is 'cudnn' and T5Config.dtype {dtype!r}; cuDNN takes 16-bit types "
+            "alone: set T5Config.dtype = 'bfloat16'"
+        )
+    if head_dim % 8 or head_dim > 128:
+        raise InputError(
+            f"T5Config.attention is 'cudnn' and T5Config.d_kv {head_dim}; cuDNN takes a multiple "
+            "of 8 up to 128: set T5Config.attention = 'plain'"
+        )
+
+
+def runs_on(implementation: str, platform: str) -> bool:
+    """Whether devices of this platform (`cpu`, `gpu`, `tpu`) are what it is for."""
+    return {"flash": "tpu", "cudnn": "gpu"}.get(implementation, platform) == platform
+
+
+def check_platform(implementation: str, platform: str) -> None:
+    """Raises InputError where devices of this platform are not what it is for."""
+    if not runs_on(implementation, platform):
+        raise InputError(
+            f"T5Config.attention is {implementation!r} and the devices are of platform "
+            f"{platform!r}; 'flash' is for TPUs, 'cudnn' for GPUs, and 'plain' runs everywhere"
+        )

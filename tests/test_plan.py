@@ -1,0 +1,213 @@
+"""A plan says what the compiled program needs; what cannot fit is said not to."""
+
+import dataclasses
+import re
+
+import jax
+import pytest
+
+from dslt import config, plan
+from dslt.core import t5
+from dslt.core.optimizer import OptimizerConfig
+from dslt.core.sharding import MeshConfig
+from dslt.core.t5 import T5Config
+from dslt.core.topology import GIB, parse_topology
+from dslt.evaluate import EvalConfig
+from dslt.main import main
+from dslt.train import TrainConfig
+
+jax.devices()  # eight, before a plan asks for another number
+CPU = parse_topology("cpu:8")
+MODEL = T5Config(
+    vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=3, num_decoder_layers=3
+)
+RUN = plan.Run(
+    train=TrainConfig(num_steps=10),
+    model=MODEL,
+    optimizer=OptimizerConfig(),
+    mesh=MeshConfig(data=1, fsdp=8),
+    evaluate=EvalConfig(rows=13, max_label_length=8),
+    max_input_length=40,
+    shape=plan.BatchShape(16, 24, 12, examples=32, fill=0.5, origin="as given"),
+)
+BASE_SLICE = ["runs/step_by_step.gin", "settings/paper.gin", "slices/t5_v1_1_base_v5e_2x2.gin"]
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return plan.plan_training(RUN, CPU)
+
+
+def test_kinds_of_memory_are_those_of_the_shardings_and_sum_to_the_peak(planned):
+    memory = planned.memory
+    num_params = t5.count_params(t5.abstract_params(MODEL)[1])
+    # Norm scales and the two bias tables [32, 4] are whole on each device, the rest is split.
+    whole = (2 * 3 + 3 * 3 + 2) * 32 + 2 * 32 * 4
+    of_params = ((num_params - whole) // 8 + whole) * 4
+    assert memory.kinds["parameters"] == memory.kinds["gradients"] == of_params
+    assert memory.kinds["optimizer state"] == 2 * of_params + 3 * 4  # two moments, three counters
+    assert memory.kinds["batch"] == 2 * (2 * 24 + 5 * 12) * 4  # two rows a device
+    assert sum(memory.kinds.values()) + memory.rest == memory.peak
+    assert memory.rest > 0
+
+
+def test_flops_are_those_of_real_tokens_and_of_all_of_them(planned):
+    full = dataclasses.replace(RUN, shape=dataclasses.replace(RUN.shape, fill=1.0))
+    from_formula = plan.flops.train_step_flops(MODEL, 16 * 24, 16 * 12)
+    assert planned.model_flops == from_formula / 2
+    assert plan.plan_training(full, CPU).model_flops == from_formula
+    assert planned.traced_flops > from_formula  # attention scores too
+
+
+def test_collectives_span_the_axis_that_splits(planned):
+    assert {c.axes for c in planned.collectives} == {("fsdp",)}
+    assert {c.kind for c in planned.collectives} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert planned.host_transfers == []
+    in_layers = [c for c in planned.collectives if c.times == 3]
+    assert "f32[32,64]" in {c.type for c in in_layers if c.kind == "all-gather"}  # wi_0, whole
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_each_matrix_of_a_layer_is_gathered_once_a_pass(remat):
+    """In the forward and again in the backward: between them no device keeps it whole."""
+    found = plan.plan_training(
+        dataclasses.replace(RUN, model=dataclasses.replace(MODEL, remat=remat)), CPU
+    )
+    in_layers = [c for c in found.collectives if c.kind == "all-gather" and c.times == 3]
+    assert len(in_layers) == 2 * ((4 + 3) + (8 + 3))  # attention and feed-forward of both stacks
+
+
+def test_rows_are_padded_as_in_training():
+    run = dataclasses.replace(RUN, shape=dataclasses.replace(RUN.shape, rows=17))
+    assert plan.plan_training(run, CPU).rows == 24
+
+
+def test_decoding_counts_its_cache():
+    found = plan.plan_decoding(RUN, CPU)
+    assert (found.rows, found.source_length, found.max_length) == (16, 48, 8)
+    a_position = 2 * 3 * 4 * 8 * 4  # keys and values, layers, heads, head dimension, float32
+    assert found.memory.kinds["KV cache"] == 2 * 8 * a_position
+    assert found.memory.kinds["cross keys and values"] == 2 * 48 * a_position
+    assert found.memory.fits()
+    longer = dataclasses.replace(RUN.evaluate, with_rationales=True, max_rationale_length=16)
+    assert plan.plan_decoding(dataclasses.replace(RUN, evaluate=longer), CPU).max_length == 16
+
+
+def test_what_does_not_fit_is_said_and_mended_by_changes_that_were_compiled(planned):
+    enough = planned.memory.peak
+    assert plan.plan_training(RUN, CPU, hbm_bytes=enough).memory.fits()
+    found = plan.plan_training(RUN, CPU, hbm_bytes=enough - 1)
+    assert not found.memory.fits()
+    assert "DOES NOT FIT" in "\n".join(plan.report_training(found))
+    trials = {trial.overrides[0]: trial for trial in plan.suggest(found, hbm_bytes=enough - 1)}
+    half = trials["pipeline.DataConfig.batch_examples = 16"]
+    assert half.plan.rows == 8 and half.plan.memory.fits()
+    assert (
+        trials["optimizer.OptimizerConfig.name = 'adafactor'"].plan.memory.kinds["optimizer state"]
+        != (planned.memory.kinds["optimizer state"])
+    )
+    for overrides in trials:  # they can be pasted behind --gin
+        config.parse(["settings/paper.gin"], overrides.split(" and "))
+
+
+def test_the_largest_batch_fits_and_one_row_a_device_more_does_not(planned):
+    limit = int(planned.memory.peak * 2.5)
+    best = plan.largest_batch(RUN, CPU, hbm_bytes=limit, say=lambda line: None)
+    assert best.memory.fits(plan.MARGIN) and best.rows > planned.rows
+    shape = dataclasses.replace(best.run.shape, rows=best.rows + 8)
+    more = plan.plan_training(dataclasses.replace(RUN, shape=shape), CPU, hbm_bytes=limit)
+    assert not more.memory.fits(plan.MARGIN)
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: … Used 23.40G of 15.75G hbm. Exceeded by 7.66G.", 23.4),
+        ("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (135.00G) …", 135),
+        ("RESOURCE_EXHAUSTED: something else", None),
+        ("INTERNAL: Used 1.0G of", None),
+    ],
+)
+def test_what_a_compiler_wanted_is_read(message, gib):
+    assert plan._wanted_bytes(message) == (gib and int(gib * GIB))
+
+
+FACTS = ["plan", "runs/step_by_step.gin", "settings/facts.gin"]
+
+
+def test_the_command_on_host_devices(capsys):
+    shape = ["--rows", "8", "--source_length", "32", "--target_length", "16"]
+    tiny = ["--gin", "evaluate.EvalConfig.rows = 8"]
+    tiny += ["--gin", "pipeline.DataConfig.max_input_length = 32"]
+    assert main([*FACTS, "--topology", "cpu:8", *shape, *tiny]) == 0
+    text = capsys.readouterr().out
+    assert "32 examples in 8 rows of 32 and 16 tokens, fill 1.00 (as given)" in text
+    assert re.search(r"all-reduce +data ", text)
+    assert text.count(": fits") == 2  # the step and the decode loop
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--topology", "v5:4x8"], "expected a TPU slice"),
+        (["--topology", "cpu:8", "--gin", "sharding.MeshConfig.fsdp = 3"], "MeshConfig"),
+        (["--topology", "cpu:99"], "host devices"),
+    ],
+)
+def test_bad_input_is_no_traceback(args, says, capsys):
+    assert main([*FACTS, *args]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def base_slice():
+    """The shipped file, compiled for its slice."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[tpu]'")
+    configs = config.parse(BASE_SLICE)
+    data = configs.data
+    rows = 2 * data.batch_examples
+    run = plan.Run(
+        configs.train,
+        configs.model,
+        configs.optimizer,
+        configs.mesh,
+        configs.evaluate,
+        data.max_input_length,
+        plan.BatchShape(
+            rows, data.max_input_length, data.max_target_length, data.batch_examples, 1.0, "full"
+        ),
+    )
+    return plan.plan_training(run, parse_topology("v5e:2x2"), quick=True)
+
+
+def test_a_shipped_slice_fits_as_its_header_says(base_slice):
+    header = (config.gin_directory() / BASE_SLICE[-1]).read_text()
+    assert f"--topology {base_slice.topology}" in header
+    said = float(re.search(r"peak ([\d.]+) GiB", header)[1])
+    assert base_slice.memory.fits()
+    # The header's is of full effort, this one of little.
+    assert base_slice.memory.peak / GIB == pytest.approx(said, rel=0.15)
+
+
+def test_fsdp_gathers_a_matrix_once_a_pass_and_scatters_its_gradient_once(base_slice):
+    """Of all matrices in layers: bfloat16, in the forward and again in the backward."""
+    layers = [c for c in base_slice.collectives if c.times == 12]
+    whole = {
+        kind: sum(c.whole_bytes * c.times for c in layers if c.kind == kind and "bf16" in c.type)
+        for kind in ("all-gather", "reduce-scatter", "all-reduce")
+    }
+    d, f = 768, 2048
+    matrices = 12 * ((4 * d * d + 3 * d * f) + (8 * d * d + 3 * d * f))
+    assert whole["all-gather"] == 2 * 2 * matrices
+    assert whole["reduce-scatter"] == 2 * matrices
+    assert whole["all-reduce"] == 0
+
+
+def test_nothing_else_moves(base_slice):
+    assert {c.kind for c in base_slice.collectives} <= {
+        "all-gather",
+        "reduce-scatter",
+        "all-reduce",
+    }
+    assert {c.axes for c in base_slice.collectives} == {("fsdp",)}
+    assert base_slice.host_transfers == []
