@@ -13,6 +13,7 @@ PROMISED = {
     "distillation.gin": (0.0, "teacher"),
     "fine_tuning.gin": (0.0, "gold"),
     "step_by_step.gin": (1.0, "gold"),
+    "step_by_step_shared.gin": (1.0, "gold"),
     "step_by_step_teacher.gin": (1.0, "teacher"),
 }
 

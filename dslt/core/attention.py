@@ -44,7 +44,7 @@ def attend(
     keys,
     values,
     bias,
-    mask,
+    mask: SegmentMask,
     *,
     dropout_rate: float = 0.0,
     dropout_key=None,
@@ -55,33 +55,31 @@ def attend(
       queries: [B, Q, H, K].
       keys, values: [B, N, H, K].
       bias: as `bias_form` makes it, or None.
-      mask: a SegmentMask; or bool [B or 1, 1, Q, N] for cached decoding, which is always plain
-        and takes its bias expanded. Padding's results are finite and otherwise not defined.
+      mask: a SegmentMask. Padding's results are finite and otherwise not defined.
       dropout_key: of dropout on the softmax's weights; None turns it off.
 
     Returns:
       [B, Q, H, K].
     """
-    is_packed = isinstance(mask, SegmentMask)
-    if implementation == "flash" and is_packed:
+    if implementation == "flash":
         return flash_attention(
             queries,
             keys,
             values,
             bias,
-            *mask,
+            mask.query_segments,
+            mask.key_segments,
+            is_causal=mask.is_causal,
             dropout_rate=dropout_rate,
             dropout_key=dropout_key,
         )
-    if is_packed:
-        mask = mask.expand()
-        if implementation == "cudnn":
-            return fused_attention(queries, keys, values, bias, mask)
-    return plain_attention(queries, keys, values, bias, mask, dropout_rate, dropout_key)
+    if implementation == "cudnn":
+        return fused_attention(queries, keys, values, bias, mask.expand())
+    return plain_attention(queries, keys, values, bias, mask.expand(), dropout_rate, dropout_key)
 
 
 def plain_attention(queries, keys, values, bias, mask, dropout_rate=0.0, dropout_key=None):
-    """As `attend`, with bias [1, H, Q, N] and mask [B or 1, 1, Q, N] bool."""
+    """As `attend`, with bias [1, H, Q, N] and mask [B, 1, Q, N] bool."""
     scores = jnp.einsum("bqhk,bnhk->bhqn", queries, keys, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias

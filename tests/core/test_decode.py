@@ -60,26 +60,52 @@ def test_cached_decoding_equals_teacher_forcing(student, build_batch):
     assert len(np.unique(decoded)) > 6  # the test would see an off-by-one
 
 
-def test_cached_logits_equal_teacher_forced_logits(student, build_batch):
+@pytest.mark.parametrize("cache_length", [12, 6], ids=["roomy", "ring_wraps"])
+def test_cached_logits_equal_teacher_forced_logits(student, build_batch, cache_length):
+    """Rows that begin at steps 0, 3 and 5, the later ones where others' keys lay before."""
     graphdef, params = student
-    source, target = np.arange(2, 9), np.array([5, 9, 2, 7, 11, 3])
-    batch = build_batch([[(source, target, 1)]], 9, 6)
+    begins, length = np.array([0, 3, 5]), 6
+    rng = np.random.default_rng(1)
+    targets = rng.integers(2, 24, (3, length)).astype(np.int32)
+    sources = random_sources(3, 9)
+    rows = [
+        [(source[source != PAD_ID], target, 1)]
+        for source, target in zip(sources, targets, strict=True)
+    ]
+    batch = build_batch(rows, 9, length)
+    num_steps = begins.max() + length
+    fed = rng.integers(2, 24, (num_steps, 3)).astype(np.int32)
+    for row, begin in enumerate(begins):
+        fed[begin : begin + length, row] = batch.decoder_input_tokens[row]
+    step, column = np.arange(num_steps)[:, None, None], np.arange(cache_length)
+    distance = (step - column) % cache_length
+    age = step - np.where(step < begins[:, None], 0, begins[:, None])
+    can_see = (distance <= age)[:, :, None, :, None]  # [steps, B, 1, N, 1]
 
     def both(params):
         model = nnx.merge(graphdef, params)
-        encoded = model.encode(batch.encoder_input_tokens, batch.encoder_segment_ids)
-        cache = model.init_cache(encoded, 8)  # two positions stay empty
-        source_mask = batch.encoder_segment_ids == 1
-        steps = []
-        for index, token in enumerate([PAD_ID, *target[:-1]]):
+        layers = t5.unstack_layers(params)
+        encoded = model.encode(sources, (sources != PAD_ID).astype(jnp.int32))
+        shape = (3, SHAPE["num_heads"], cache_length, 1, SHAPE["d_kv"])
+        cache = [
+            t5.LayerCache(jnp.zeros(shape), jnp.zeros(shape), *cross)
+            for cross in model.cross_keys_values(encoded, layers)
+        ]
+
+        def take_step(cache, inputs):
+            step, tokens, can_see = inputs
             logits, cache = model.decode_step(
-                jnp.array([token]), cache, source_mask, jnp.array(index)
+                tokens[:, None], layers, cache, sources != PAD_ID, step, can_see
             )
-            steps.append(logits)
-        return jnp.stack(steps, axis=1), model(batch)
+            return cache, logits[:, 0]
+
+        steps = jnp.arange(num_steps, dtype=jnp.int32), fed, can_see
+        return jax.lax.scan(take_step, cache, steps)[1], model(batch)
 
     stepped, forced = jax.jit(both, compiler_options=FAST_COMPILE)(params)
-    np.testing.assert_allclose(stepped, forced, atol=1e-5)  # float32 sums in another order
+    for row, begin in enumerate(begins):
+        # float32 sums in another order
+        np.testing.assert_allclose(stepped[begin : begin + length, row], forced[row], atol=1e-5)
 
 
 def test_padding_of_the_source_changes_nothing(student):
