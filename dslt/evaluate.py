@@ -8,15 +8,16 @@ them, and writes beside them:
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
-from dslt import metrics
+from dslt import distributed, metrics
 from dslt.checkpoint import student
-from dslt.checkpoint.manager import CheckpointManager, Layout
+from dslt.checkpoint.manager import CheckpointManager, Layout, finished_steps
 from dslt.core import sharding, t5
 from dslt.core.batch import PAD_ID
 from dslt.core.continuous import ContinuousDecoder
@@ -87,11 +88,15 @@ class AnswerSet:
 
 
 class Decoder:
-    """A student on a mesh, ready to decode: keeps its compiled functions between checkpoints."""
+    """A student on a mesh, ready to decode: keeps its compiled functions between checkpoints.
+
+    Of several processes each has the whole student on its own devices and decodes its share of the
+    inputs, for as long as these take; then all get all results. All must call it alike.
+    """
 
     def __init__(self, path: Path, mesh_config: MeshConfig, rows: int):
         """`path` is a run, a checkpoint or a Hugging Face directory; `rows` decode at a time."""
-        self.mesh = sharding.make_mesh(mesh_config)
+        self.mesh = sharding.local_mesh(sharding.make_mesh(mesh_config))
         self.config, graphdef, self.params = student.load(path, self.mesh)
         self._placed = sharding.with_shardings(self.mesh, t5.abstract_params(self.config)[1])
         self._continuous = ContinuousDecoder(graphdef, self.mesh, rows)
@@ -127,25 +132,37 @@ class Decoder:
         """
         names = [field.name for field in dataclasses.fields(DecodeConfig)]
         decoding = DecodeConfig(**{name: getattr(config, name) for name in names})
-        with _progress(len(inputs), description) as bar:
-            return self._continuous(
-                self._prepared,
-                inputs,
-                config=decoding,
-                max_length=max_length,
-                answers=answer_sets and [answer_set.tokens for answer_set in answer_sets],
-                start_id=start_id,
-                on_decoded=bar.update,
-            )
+
+        def decode_share(numbers: range) -> list[list[int]]:
+            with _progress(len(numbers), description) as bar:
+                return self._continuous(
+                    self._prepared,
+                    [inputs[i] for i in numbers],
+                    config=decoding,
+                    max_length=max_length,
+                    answers=answer_sets and [answer_sets[i].tokens for i in numbers],
+                    start_id=start_id,
+                    numbers=numbers,
+                    on_decoded=bar.update,
+                )
+
+        return distributed.divide(len(inputs), decode_share)
 
     def distributions(
         self, inputs: Sequence[np.ndarray], answer_sets: Sequence[AnswerSet], description: str = ""
     ) -> list[np.ndarray]:
         """For each input the probability of each answer among those of its set."""
-        with _progress(len(inputs), description) as bar:
-            tokens = [answer_set.tokens for answer_set in answer_sets]
-            scores = self._continuous.score(self._prepared, inputs, tokens, bar.update)
-        shares = [np.exp(row.astype(np.float64) - row.max()) for row in scores]
+
+        def score_share(numbers: range) -> list[list[float]]:
+            tokens = [answer_sets[i].tokens for i in numbers]
+            with _progress(len(numbers), description) as bar:
+                scores = self._continuous.score(
+                    self._prepared, [inputs[i] for i in numbers], tokens, bar.update
+                )
+            return [row.tolist() for row in scores]
+
+        scores = [np.asarray(row) for row in distributed.divide(len(inputs), score_share)]
+        shares = [np.exp(row - row.max()) for row in scores]
         return [share / share.sum() for share in shares]
 
 
@@ -278,6 +295,8 @@ def evaluate_run(
 ) -> list[dict]:
     """Judges every checkpoint that has not been judged yet, and keeps the best on validation.
 
+    Several processes share the inputs (see `Decoder`), and process 0 alone writes.
+
     Args:
       examples: of the splits in `config.splits`.
       decode_text: tokens before EOS to text.
@@ -292,16 +311,19 @@ def evaluate_run(
     decoder = None
     if steps is None:
         steps = _unjudged_steps(run, config.poll_secs if follow else None)
-    for step in steps:
+    for step in _share_steps(steps):
         started_secs = time.perf_counter()
+        is_loaded = True
         try:
             if decoder is None:
                 decoder = Decoder(run.checkpoints / str(step), mesh_config, config.rows)
             else:
                 decoder.load_step(run.checkpoints, step)
         except (OSError, KeyError, ValueError):
-            if step in _steps_on_disk(run):
+            if step in finished_steps(run.checkpoints):
                 raise
+            is_loaded = False
+        if not all(distributed.gather(is_loaded)):
             print(f"step {step}: is no longer there, newer checkpoints replaced it; skipped")
             continue
         predictions = predict(
@@ -309,14 +331,10 @@ def evaluate_run(
         )
         values = {"step": step} | score(predictions)
         values["secs"] = round(time.perf_counter() - started_secs, 3)
-        write_rows(run.evaluation(step) / "predictions.jsonl", predictions)
-        write_json(run.evaluation(step) / "metrics.json", values)
-        rows = [row for row in read_json_rows(run.evaluations) if row["step"] != step] + [values]
-        if best_row(rows) is values:
-            _keep_as_best(run, decoder, step)
-        write_json_rows(run.evaluations, sorted(rows, key=lambda row: row["step"]))
+        if distributed.is_main():
+            _write_evaluation(run, decoder, predictions, values)
         print(describe(values), flush=True)
-    rows = read_json_rows(run.evaluations)
+    rows = distributed.share(read_json_rows(run.evaluations))
     if not rows:
         raise InputError(
             f"{run.checkpoints}: has no checkpoint yet; expected one from `dslt train`"
@@ -356,7 +374,7 @@ def _unjudged_steps(run: RunDir, poll_secs: float | None) -> Iterator[int]:
             "finished",
             "stopped",
         )  # asked first: no last checkpoint is missed
-        found = [step for step in _steps_on_disk(run) if step not in seen]
+        found = [step for step in finished_steps(run.checkpoints) if step not in seen]
         if found:
             seen.add(found[0])
             yield found[0]
@@ -366,14 +384,30 @@ def _unjudged_steps(run: RunDir, poll_secs: float | None) -> Iterator[int]:
             time.sleep(poll_secs)
 
 
-def _steps_on_disk(run: RunDir) -> list[int]:
-    if not run.checkpoints.is_dir():
-        return []
-    with CheckpointManager(run.checkpoints, read_only=True) as manager:
-        return manager.steps()
+def _share_steps(steps: Iterable[int]) -> Iterator[int]:
+    """Process 0's steps on every process: the others neither look at the disk nor wait alone."""
+    own = iter(steps)
+    while True:
+        step = distributed.share(next(own, None) if distributed.is_main() else None)
+        if step is None:
+            return
+        yield step
+
+
+def _write_evaluation(
+    run: RunDir, decoder: Decoder, predictions: Sequence[Prediction], values: dict
+) -> None:
+    """Writes what became of a step, its row last; where it is the best, its parameters too."""
+    step = values["step"]
+    write_rows(run.evaluation(step) / "predictions.jsonl", predictions)
+    write_json(run.evaluation(step) / "metrics.json", values)
+    rows = [row for row in read_json_rows(run.evaluations) if row["step"] != step] + [values]
+    if best_row(rows) is values:
+        _keep_as_best(run, decoder, step)
+    write_json_rows(run.evaluations, sorted(rows, key=lambda row: row["step"]))
 
 
 def _keep_as_best(run: RunDir, decoder: Decoder, step: int) -> None:
     """Writes the parameters to `best/`, where training's clean-up does not reach."""
     with CheckpointManager(run.best) as manager:
-        manager.replace_all(step, decoder.params, Layout(decoder.config))
+        manager.replace_all(step, jax.device_get(decoder.params), Layout(decoder.config))

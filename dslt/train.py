@@ -2,24 +2,26 @@
 
 Imports core, checkpoint, workdir and records. It is handed batches and never sees SeqIO:
 
-    state = train(config, model, optimizer, mesh, batches_from=stream.batches, run=RunDir(path))
+    state = train(config, model, optimizer, mesh, stream=stream, run=RunDir(path))
 """
 
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from dslt import distributed
 from dslt.checkpoint.manager import CheckpointManager, Layout
 from dslt.checkpoint.student import read_params
 from dslt.core import attention, flops, losses, sharding, t5, topology
-from dslt.core.batch import ROLE_LABEL, Batch, count_targets, pad_rows
+from dslt.core.batch import Batch, BatchCounts
 from dslt.core.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
@@ -65,20 +67,38 @@ class TrainConfig:
                 raise InputError(f"TrainConfig.{field} is {getattr(self, field)}; expected >= 1")
 
 
+class BatchStream(Protocol):
+    """Where batches come from; everything is a function of the step alone, so that a resumed run,
+    on however many processes, sees what an undisturbed one would.
+
+    Attributes:
+      num_rows: of every global batch.
+    """
+
+    num_rows: int
+
+    def batches(self, start_step: int, rows: np.ndarray) -> Iterator[Batch]:
+        """These rows [n] of the global batches from a step on; past `num_rows` is padding."""
+
+    def counts(self, step: int) -> BatchCounts:
+        """Of the global batch of a step, the first being step 0."""
+
+
 def train(
     config: TrainConfig,
     model_config: T5Config,
     optimizer_config: OptimizerConfig,
     mesh_config: MeshConfig,
     *,
-    batches_from: Callable[[int], Iterator[Batch]],
+    stream: BatchStream,
     run: RunDir,
 ) -> TrainState:
     """Trains to `config.num_steps`, or to a SIGTERM or SIGINT, and leaves a checkpoint there.
 
+    Of several processes each builds the rows of its own devices, process 0 alone writes metrics,
+    and all stop at the same step whichever gets the signal.
+
     Args:
-      batches_from: the global batches from a step on; a function of the step alone, so that a
-        resumed run sees what an undisturbed one would.
       run: where metrics and checkpoints go. Where it has checkpoints, the newest is resumed.
 
     Raises:
@@ -90,42 +110,56 @@ def train(
     schedule = make_schedule(optimizer_config, config.num_steps)
     layout = Layout(model_config)
 
-    with CheckpointManager(run.checkpoints, keep=config.keep_checkpoints) as manager:
+    keep = config.keep_checkpoints
+    with CheckpointManager(run.checkpoints, keep, together=True) as manager:
         graphdef, state = initial_state(config, model_config, optimizer, mesh, manager)
         start = int(state.step)
         if start >= config.num_steps:
             print(f"Nothing to do: {run.path} has finished its {config.num_steps} steps.")
-            run.update_info(state="finished")
+            set_state(run, "finished")
             return state
         step_fn = compile_step(config, optimizer_config, optimizer, graphdef, state, mesh)
         multiple = sharding.row_multiple(mesh, config.accumulation_steps)
-        writer = MetricsWriter(run, first_step=start + 1)
+        num_rows = -(-stream.num_rows // multiple) * multiple
+        rows = sharding.local_rows(mesh, num_rows)
+        writer = MetricsWriter(run, first_step=start + 1) if distributed.is_main() else None
         interval = LogInterval(model_config, mesh.size)
-        batches = batches_from(start)
+        batches = stream.batches(start, rows)
+        anyone = distributed.AnyProcess(mesh)
         with StopRequest() as stop, tqdm(initial=start, total=config.num_steps, unit="step") as bar:
             for step in range(start + 1, config.num_steps + 1):
-                batch = pad_rows(next(batches), multiple)
-                state, metrics = step_fn(state, put_batch(batch, mesh))
-                interval.add(batch, metrics)
+                batch = put_batch(next(batches), mesh, rows, num_rows)
+                state, metrics = step_fn(state, batch)
+                interval.add(stream.counts(step - 1), batch, metrics)
                 bar.update()
 
-                is_last = step == config.num_steps or stop.is_requested
+                is_stopping = anyone.ask(stop.is_requested, metrics)
+                is_last = step == config.num_steps or is_stopping
                 if step % config.log_every_steps == 0 or is_last:
                     values = interval.summary() | {"learning_rate": float(schedule(step - 1))}
-                    writer.write(step, values)
+                    if writer:
+                        writer.write(step, values)
                     bar.set_postfix_str(progress_line(values))
                 if step % config.save_every_steps == 0 or is_last:
                     manager.save(state, layout)
-                if stop.is_requested:
+                if is_stopping:
                     break
-        writer.close()
+        if writer:
+            writer.close()
         manager.wait()
     if step == config.num_steps:
-        run.update_info(state="finished")
+        set_state(run, "finished")
     else:
-        run.update_info(state="stopped")
-        print(f"Stopped on {stop.name} after step {step}: saved. The same command resumes.")
+        set_state(run, "stopped")
+        name = stop.name or "another process's signal"
+        print(f"Stopped on {name} after step {step}: saved. The same command resumes.")
     return state
+
+
+def set_state(run: RunDir, state: str) -> None:
+    """Says in run.json how far the run has come."""
+    if distributed.is_main():
+        run.update_info(state=state)
 
 
 def initial_state(config, model_config, optimizer, mesh, manager) -> tuple:
@@ -137,8 +171,8 @@ def initial_state(config, model_config, optimizer, mesh, manager) -> tuple:
     4. from scratch, by `seed`.
     """
     graphdef, abstract = abstract_state(model_config, optimizer, mesh)
-    if manager.steps():
-        newest = manager.steps()[-1]
+    if steps := distributed.share(manager.steps()):
+        newest = steps[-1]
         print(f"Resuming {manager.directory} after step {newest}.")
         return graphdef, manager.restore(newest, abstract)
     if not config.init_from:
@@ -191,12 +225,11 @@ def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, sta
     )
 
 
-def put_batch(batch: Batch, mesh) -> Batch:
-    """Numpy arrays to global device arrays; each process sends the rows of its own devices."""
-    where = sharding.batch_sharding(mesh)
-    return Batch(
-        *(jax.make_array_from_callback(x.shape, where, lambda index, x=x: x[index]) for x in batch)
-    )
+def put_batch(
+    batch: Batch, mesh, rows: np.ndarray | None = None, num_rows: int | None = None
+) -> Batch:
+    """Numpy arrays, whole or of this process's `rows`, to global device arrays of `num_rows`."""
+    return Batch(*(sharding.put_rows(array, mesh, rows, num_rows) for array in batch))
 
 
 class LogInterval:
@@ -210,19 +243,15 @@ class LogInterval:
 
     def _clear(self) -> None:
         self.steps: list[StepMetrics] = []
-        self.counts = np.zeros(5)  # examples, source tokens, target tokens, source and target room
+        self.counts = np.zeros(3)  # examples, source tokens, target tokens
+        self.room = np.zeros(2)  # source, target
         self.started_secs = time.perf_counter()
 
-    def add(self, batch: Batch, metrics: StepMetrics) -> None:
-        """Counts a batch on the host and keeps the device's results unfetched."""
+    def add(self, counts: BatchCounts, batch: Batch, metrics: StepMetrics) -> None:
+        """Counts a global batch and keeps the device's results unfetched."""
         self.steps.append(metrics)
-        self.counts += (
-            count_targets(batch, ROLE_LABEL),
-            np.count_nonzero(batch.encoder_segment_ids),
-            np.count_nonzero(batch.decoder_segment_ids),
-            batch.encoder_segment_ids.size,
-            batch.decoder_segment_ids.size,
-        )
+        self.counts += counts
+        self.room += batch.encoder_segment_ids.size, batch.decoder_segment_ids.size
 
     def summary(self) -> dict[str, float]:
         """Means and rates over the interval; then a new interval begins."""
@@ -231,7 +260,8 @@ class LogInterval:
         sums = losses.RoleSums(
             *(np.sum(x, axis=0) for x in zip(*(s.sums for s in steps), strict=True))
         )
-        examples, source, target, source_room, target_room = (float(x) for x in self.counts)
+        examples, source, target = self.counts.tolist()
+        source_room, target_room = self.room.tolist()
         values = {"loss": float(np.mean([s.loss for s in steps]))}
         for role, name in enumerate(("label", "rationale")):
             tokens = float(sums.tokens[role])

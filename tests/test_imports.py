@@ -16,12 +16,14 @@ ROOT = Path(__file__).parents[1]
 
 # What of dslt a wing (a package, or a module at the top) may import. The root package, which holds
 # the version alone, and `errors` are open to all; None joins everything.
-STAGE = ("core", "checkpoint", "workdir", "metrics", "records")  # handed batches, never SeqIO
+# Stages are handed batches, and never see SeqIO.
+STAGE = ("core", "checkpoint", "workdir", "metrics", "records", "distributed")
 MAY_IMPORT = {
     "errors": (),
     "records": (),
     "metrics": (),
     "workdir": ("records", "metrics"),
+    "distributed": (),
     "report": ("workdir", "records", "metrics"),
     "core": ("core",),
     "data": ("data", "core.batch", "records", "metrics"),
@@ -41,6 +43,7 @@ MAY_INSTALL = {
     "records": ("numpy",),
     "metrics": ("numpy",),
     "workdir": ("numpy", "tensorboardX"),
+    "distributed": ("jax", "numpy"),
     "core": ("jax", "flax", "optax", "numpy"),
 }
 

@@ -55,20 +55,43 @@ class Layout:
 class CheckpointManager:
     """The checkpoints of one directory: saved in the background, the latest few kept."""
 
-    def __init__(self, directory: Path, keep: int | None = None, read_only: bool = False):
-        """`keep=None` keeps all. A read-only manager never creates or deletes anything."""
+    def __init__(
+        self,
+        directory: Path,
+        keep: int | None = None,
+        read_only: bool = False,
+        together: bool = False,
+    ):
+        """`keep=None` keeps all. A read-only manager never creates or deletes anything.
+
+        With `together` all processes make one and call it alike, and each saves and restores what
+        its own devices hold. Without, this process does all alone, whatever the others do; then it
+        can save arrays in the host's memory, or on the devices of a single process.
+        """
+        if together:
+            processes = ocp.options.MultiprocessingOptions()
+        else:
+            me = jax.process_index()
+            processes = ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+            )
+            if not read_only:
+                directory.mkdir(parents=True, exist_ok=True)  # Orbax makes it for all or for none
         # Orbax warns on every restore of part of a checkpoint, which is what evaluation does.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.directory = directory.absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "opt_state": ocp.StandardCheckpointHandler(),
-                "layout": ocp.JsonCheckpointHandler(),
+                "params": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+                "opt_state": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+                "layout": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
             },
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only
+                max_to_keep=None if read_only else keep,
+                create=together and not read_only,
+                read_only=read_only,
+                multiprocessing_options=processes,
             ),
         )
 
@@ -162,6 +185,14 @@ class CheckpointManager:
                 f"{self.directory / str(step)}: the checkpoint is of another model than the config "
                 "asks for:\n  " + "\n  ".join(lines[:10])
             )
+
+
+def finished_steps(directory: Path) -> list[int]:
+    """The finished checkpoints on disk, ascending; none where there is no directory."""
+    if not directory.is_dir():
+        return []
+    found = ocp.path.step.standard_name_format().find_all(directory.absolute())
+    return sorted(checkpoint.step for checkpoint in found)
 
 
 def _shapes(tree: dict) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from dslt.checkpoint import hf_t5
 from dslt.checkpoint.manager import CheckpointManager
@@ -35,13 +36,16 @@ def read_params(path: Path, config: T5Config, abstract_params: dict) -> dict:
     if is_hugging_face(path):
         found_config, params = hf_t5.load_params(path)
         _check_same_model(path, found_config, config)
-        return jax.tree.map(
-            lambda array, like: jax.device_put(array, like.sharding), params, abstract_params
-        )
+        return jax.tree.map(_place, params, abstract_params)
     directory, step = find_checkpoint(path)
     with CheckpointManager(directory, read_only=True) as manager:
         _check_same_model(directory / str(step), manager.layout(step).model, config)
         return manager.restore_params(step, abstract_params)
+
+
+def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Puts the array where `like` is to be; each process sends what its own devices hold."""
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
 
 
 def _check_same_model(path: Path, found: T5Config, expected: T5Config) -> None:

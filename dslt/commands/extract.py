@@ -1,5 +1,7 @@
 """`dslt extract`: problems and a teacher's completions → records.jsonl."""
 
+from pathlib import Path
+
 from dslt.commands.arguments import add_command, require
 from dslt.errors import InputError
 
@@ -106,8 +108,6 @@ def read_problems(args) -> list:
 
 def write_unexplained(examples: list, output_dir: str) -> str:
     """Writes records that keep what explanations the table has; no teacher is asked."""
-    from pathlib import Path
-
     from dslt.teacher.extract import write_records
 
     path = Path(output_dir) / "records.jsonl"

@@ -46,6 +46,19 @@ class Batch(NamedTuple):
     decoder_loss_weights: np.ndarray
 
 
+class BatchCounts(NamedTuple):
+    """What a whole global batch holds, padding left out; a host's rows do not tell.
+
+    Attributes:
+      examples: segments of the label task.
+      source_tokens, target_tokens: of both tasks.
+    """
+
+    examples: int
+    source_tokens: int
+    target_tokens: int
+
+
 def empty_batch(rows: int, source_length: int, target_length: int) -> Batch:
     """A batch of padding alone, to be filled in place."""
     source = (rows, source_length)

@@ -70,6 +70,7 @@ class ContinuousDecoder:
         max_length: int,
         answers: Sequence[Sequence[Sequence[int]]] | None = None,
         start_id: int = PAD_ID,
+        numbers: Sequence[int] | None = None,
         on_decoded: Callable[[int], None] = lambda count: None,
     ) -> list[list[int]]:
         """Decodes each input.
@@ -77,18 +78,21 @@ class ContinuousDecoder:
         Args:
           params: of `prepare`.
           inputs: token sequences, int32, of any lengths; an empty one decodes to nothing.
-          config: how tokens are chosen. What is drawn for an input depends on its index in
-            `inputs`, not on what is decoded beside it.
+          config: how tokens are chosen. What is drawn for an input depends on its number, not on
+            what is decoded beside it.
           max_length: tokens decoded at most, EOS included.
           answers: for each input the token sequences that it may decode to, each ending in EOS.
           start_id: the decoder's first input.
+          numbers: of the inputs; their indices by default.
           on_decoded: told how many more inputs have been decoded.
 
         Returns:
           The tokens before EOS, in the order of `inputs`.
         """
         with sharding.inside(self.mesh):
-            return self._decode(params, inputs, config, max_length, answers, start_id, on_decoded)
+            return self._decode(
+                params, inputs, config, max_length, answers, start_id, numbers, on_decoded
+            )
 
     def score(
         self,
@@ -120,57 +124,58 @@ class ContinuousDecoder:
             on_scored(len(chosen))
         return scores
 
-    def _decode(self, params, inputs, config, max_length, answers, start_id, on_decoded):
+    def _decode(self, params, inputs, config, max_length, answers, start_id, numbers, on_decoded):
+        numbers = range(len(inputs)) if numbers is None else numbers
         outputs: list[list[int]] = [[] for _ in inputs]
         # Shortest first: then the slots' sources grow in length, and never shrink.
         waiting = sorted(range(len(inputs)), key=lambda i: len(inputs[i]), reverse=True)
         rows = min(self.rows, _round_up(max(len(inputs), 1), self.multiple))
         num_encoded = min(rows, _round_up(-(-rows // ENCODED_SHARE), self.multiple))
-        number_of_slot = np.full(rows, -1)
-        encoded: list[int] = []  # numbers of the sources that wait in `sources`
+        index_of_slot = np.full(rows, -1)
+        encoded: list[int] = []  # indices of the inputs that wait in `sources`
         slots = None
         while True:
-            free = np.flatnonzero(number_of_slot < 0)
+            free = np.flatnonzero(index_of_slot < 0)
             while len(free) and (waiting or encoded):
                 if not encoded:
                     encoded = [waiting.pop() for _ in range(min(num_encoded, len(waiting)))]
                     sources = self._encode_sources(
-                        params, inputs, encoded, num_encoded, answers, start_id
+                        params, inputs, encoded, num_encoded, answers, start_id, numbers
                     )
                     taken = 0
                     slots = self._fit(slots, sources, rows, config, max_length)
                 count = min(len(free), len(encoded))
-                number_of_slot[free[:count]] = encoded[:count]
+                index_of_slot[free[:count]] = encoded[:count]
                 slots = self._put(slots, sources, free[:count], taken)
                 free, encoded, taken = free[count:], encoded[count:], taken + count
-            if (number_of_slot < 0).all():
+            if (index_of_slot < 0).all():
                 return outputs
             stop_at = rows - max(rows // FREE_SHARE, 1) if waiting or encoded else 0
             slots = self._run(*params, slots, stop_at, graphdef=self._graphdef, config=config)
             is_live, lengths, tokens = jax.device_get(
                 (slots.is_live, slots.lengths, decode.decoded_tokens(slots))
             )
-            ended = np.flatnonzero((number_of_slot >= 0) & ~is_live)
+            ended = np.flatnonzero((index_of_slot >= 0) & ~is_live)
             for slot in ended:
-                outputs[number_of_slot[slot]] = _before_eos(tokens[slot])
-            number_of_slot[ended] = -1
+                outputs[index_of_slot[slot]] = _before_eos(tokens[slot])
+            index_of_slot[ended] = -1
             on_decoded(len(ended))
             cache_length = slots.can_see.shape[2]
             if (is_live & (lengths >= cache_length)).any():
                 slots = self._resize_cache(slots, cache_length=min(2 * cache_length, max_length))
 
     def _encode_sources(
-        self, params, inputs, numbers, rows: int, answers, start_id: int
+        self, params, inputs, indices, rows: int, answers, start_id: int, numbers
     ) -> Sources:
-        """The inputs of these numbers, encoded in a batch of `rows`."""
-        chosen = [inputs[i] for i in numbers]
+        """The inputs of these indices, encoded in a batch of `rows`."""
+        chosen = [inputs[i] for i in indices]
         tokens = pad_rows(chosen, rows, SOURCE_MULTIPLE)
         allowed = None
         if answers is not None:
             shape = max(map(len, answers)), max(len(a) for sets in answers for a in sets)
-            allowed = pad_answers([answers[i] for i in numbers], (rows, *shape))
+            allowed = pad_answers([answers[i] for i in indices], (rows, *shape))
         padded = np.zeros(rows, np.int32)
-        padded[: len(numbers)] = numbers
+        padded[: len(indices)] = [numbers[i] for i in indices]
         start_ids = np.full(rows, start_id, np.int32)
         placed = jax.device_put(
             (tokens, padded, start_ids, allowed), sharding.batch_sharding(self.mesh)

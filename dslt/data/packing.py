@@ -357,24 +357,28 @@ def build_batch(
     segments: Segments,
     sources: Sequence[tuple[np.ndarray, np.ndarray, TokenTable, TokenTable]],
     shape: RowShape,
-    rows: slice | None = None,
+    rows: np.ndarray | None = None,
     start_ids: Mapping[int, int] = START_IDS,
 ) -> Batch:
-    """Writes one batch's segments, or those of a slice of its rows, into arrays.
+    """Writes one batch's segments, or those of some of its rows, into arrays.
 
     Args:
       segments: those of one batch.
       sources: groups of segments that share token tables: the group's indices into `segments` [n],
         the table entry of each [n], the table of inputs and the table of targets.
       shape: of the whole batch.
-      rows: which rows to build, with a step of 1; all of them by default.
+      rows: [n] row numbers to build, each once and in this order; numbers from `shape.rows` on are
+        rows of padding. All rows of the batch by default.
       start_ids: role to the token that the decoder starts with.
     """
-    start, stop, _ = (rows or slice(None)).indices(shape.rows)
-    batch = empty_batch(max(stop - start, 0), shape.source_length, shape.target_length)
-    source_cell = (segments.row - start) * shape.source_length + segments.source_start
-    target_cell = (segments.row - start) * shape.target_length + segments.target_start
-    is_here = (segments.row >= start) & (segments.row < stop)
+    rows = np.arange(shape.rows) if rows is None else np.asarray(rows)
+    place = np.full(max(shape.rows, rows.max(initial=-1) + 1), -1)  # row of the batch -> row here
+    place[rows] = np.arange(len(rows))
+    batch = empty_batch(len(rows), shape.source_length, shape.target_length)
+    row = place[segments.row]
+    is_here = row >= 0
+    source_cell = row * shape.source_length + segments.source_start
+    target_cell = row * shape.target_length + segments.target_start
     for index, entry, inputs, targets in sources:
         here = is_here[index]
         index, entry = index[here], entry[here]

@@ -31,6 +31,7 @@ from dslt.core.batch import (
     ROLE_RATIONALE,
     SHARED_RATIONALE_START_ID,
     Batch,
+    BatchCounts,
 )
 from dslt.data.packing import (
     START_IDS,
@@ -227,8 +228,13 @@ class TrainStream:
     def left_out(self) -> int:
         return sum(self._left_out.values())
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
-        """The batch of one step, or a slice of its rows: one host's share."""
+    @property
+    def num_rows(self) -> int:
+        """Of every batch."""
+        return self.row_shape.rows
+
+    def batch(self, step: int, rows: np.ndarray | None = None) -> Batch:
+        """The batch of one step, or some of its rows: one host's share (see `build_batch`)."""
         pairs, segments = self._segments(step)
         dataset = np.searchsorted(self._offsets, pairs, side="right") - 1
         sources = []
@@ -247,7 +253,7 @@ class TrainStream:
         return build_batch(segments, sources, self.row_shape, rows, self._start_ids)
 
     def batches(
-        self, start_step: int = 0, rows: slice | None = None, prefetch_batches: int = 2
+        self, start_step: int = 0, rows: np.ndarray | None = None, prefetch_batches: int = 2
     ) -> Iterator[Batch]:
         """Yields the batches from `start_step` on, without end; a thread works ahead."""
         steps = itertools.count(start_step)
@@ -261,6 +267,15 @@ class TrainStream:
                 batch = ahead.popleft().result()
                 ahead.append(pool.submit(self.batch, next(steps), rows))
                 yield batch
+
+    def counts(self, step: int) -> BatchCounts:
+        """What the whole batch of a step holds, without building it."""
+        _, segments = self._segments(step)
+        return BatchCounts(
+            examples=int(np.sum(segments.role == ROLE_LABEL)),
+            source_tokens=int(segments.source_length.sum()),
+            target_tokens=int(segments.target_length.sum()),
+        )
 
     def examples(self, step: int) -> list[str]:
         """The ids of a step's examples, `dataset/id`, to reproduce a batch; sorted."""
@@ -312,6 +327,9 @@ class TrainStream:
         return pairs[segments.pair], segments
 
     def _plan(self, window: int) -> tuple[np.ndarray, WindowPlan]:
+        found = self._plans.get(window)
+        if found:  # without waiting for a thread that plans the next window
+            return found
         with self._lock:
             if window not in self._plans:
                 pairs = self.order.window(window)

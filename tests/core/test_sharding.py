@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -369,3 +370,61 @@ def test_padded_rows_divide_over_the_devices():
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
     assert shard_shape(placed.encoder_input_tokens) == (2, 12)  # of 8 rows, over data and fsdp
     assert (batch.decoder_target_tokens[5:] == PAD_ID).all()
+
+
+def test_one_process_holds_all_rows_and_puts_them_in_order():
+    mesh = mesh_of(MESHES["data2_fsdp2_tensor2"])
+    rows = sharding.local_rows(mesh, 8)
+    assert rows.tolist() == list(range(8))
+    array = np.arange(24).reshape(8, 3)
+    placed = sharding.put_rows(array, mesh, rows, 8)
+    assert placed.sharding == sharding.batch_sharding(mesh)
+    np.testing.assert_array_equal(placed, array)
+    np.testing.assert_array_equal(sharding.put_rows(array, mesh), array)
+
+
+def test_a_process_gives_its_devices_their_rows_wherever_they_lie(monkeypatch):
+    """On a v5e slice of 16 x 16 chips process 0 holds the rows 0, 1, 16 and 17 of 256."""
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, _, rows_of: (shape, rows_of))
+    part = np.arange(12).reshape(4, 3)
+    mesh = mesh_of(MESHES["data8"])
+    shape, rows_of = sharding.put_rows(part, mesh, np.array([0, 1, 16, 17]), 256)
+    assert shape == (256, 3)
+    np.testing.assert_array_equal(rows_of((slice(0, 2), slice(None))), part[:2])
+    np.testing.assert_array_equal(rows_of((slice(17, 18), slice(None))), part[3:])
+
+
+def fake_devices(num_slices: int, per_slice: int) -> list[SimpleNamespace]:
+    """CPU devices, dealt to slices in turn: their order alone does not group them."""
+    return [
+        SimpleNamespace(id=i, platform="cpu", device_kind="cpu", slice_index=i % num_slices)
+        for i in range(num_slices * per_slice)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices_along"),
+    [((8, 1, 2), "data"), ((4, 2, 2), "data"), ((1, 8, 2), "fsdp"), ((2, 4, 2), "both")],
+)
+def test_slices_lie_along_data_then_along_fsdp(sizes, slices_along):
+    order = sharding.order_devices(sizes, fake_devices(num_slices=4, per_slice=4))
+    assert order.shape == sizes
+    assert sorted(device.id for device in order.flat) == list(range(16))
+    slices = np.vectorize(lambda device: device.slice_index)(order)
+    assert np.all(slices == slices[:, :, :1])  # tensor never leaves a slice
+    blocks = {
+        "data": slices.reshape(4, -1),
+        "fsdp": slices.reshape(4, -1),
+        "both": slices.reshape(2, 2, 2, 2).reshape(4, -1),
+    }[slices_along]
+    assert [set(block.tolist()) for block in blocks] == [{0}, {1}, {2}, {3}]
+
+
+def test_tensor_across_slices_is_refused():
+    with pytest.raises(ValueError, match="would split tensor over 4 slices; choose data"):
+        sharding.order_devices((1, 2, 8), fake_devices(num_slices=4, per_slice=4))
+
+
+def test_devices_of_one_slice_without_a_topology_keep_their_order():
+    order = sharding.order_devices((2, 4, 1), jax.devices())
+    assert order.flatten().tolist() == jax.devices()

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE
+from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE, BatchCounts, count_targets
 from dslt.data.pipeline import TrainStream, eval_inputs, make_vocabulary
 from dslt.data.vocabulary import load_vocabulary
 from dslt.errors import InputError
@@ -79,6 +79,7 @@ def test_with_a_shared_encoder_each_source_comes_once(config, cache_dir, example
             for e in chosen
         ]
         assert sorted(found) == sorted(expected)
+        assert stream.counts(step) == counts_of(batch)
 
 
 def test_a_shared_encoder_wants_equal_prefixes(config):
@@ -135,8 +136,24 @@ def test_hosts_share_the_rows_of_one_batch(stream):
     assert rows > 0
     for step in range(4):
         whole = stream.batch(step)
-        parts = [stream.batch(step, slice(row, row + 1)) for row in range(rows)]
+        parts = [stream.batch(step, np.array([row])) for row in range(rows)]
         assert same([np.concatenate(arrays) for arrays in zip(*parts, strict=True)], whole)
+        turned = stream.batch(step, np.array([rows + 1, *reversed(range(rows))]))
+        assert not any(array[0].any() for array in turned)  # padding
+        assert same([array[1:] for array in turned], [array[::-1] for array in whole])
+
+
+def test_counts_are_those_of_the_whole_batch(stream):
+    for step in range(4):
+        assert stream.counts(step) == counts_of(stream.batch(step))
+
+
+def counts_of(batch):
+    return BatchCounts(
+        examples=count_targets(batch, ROLE_LABEL),
+        source_tokens=np.count_nonzero(batch.encoder_segment_ids),
+        target_tokens=np.count_nonzero(batch.decoder_segment_ids),
+    )
 
 
 def test_without_rationales_the_same_examples_come_without_their_rationales(

@@ -1,0 +1,275 @@
+"""Several processes that run one program: how they meet, agree, and end together.
+
+Imports JAX alone. In one process everything here does nothing and answers at once.
+
+    distributed.initialize("10.0.0.1:8476", num_processes=2, process_id=0, timeout_secs=300)
+    with distributed.main_first():       # process 0 builds, the others find it built
+        stream = TrainStream(...)
+    distributed.check_same("records", stream.records_digests)
+
+Process 0 alone prints and writes; each process computes with the rows of its own devices. What is
+said between them goes through JAX's coordination service, whose messages need no device and may
+take as long as they take.
+"""
+
+import collections
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# JAX has no public name for the client; Orbax speaks through it too.
+from jax._src.distributed import global_state
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dslt.errors import InputError
+
+READ_TIMEOUT_SECS = 600  # for all to read what all have said
+GRACE_SECS = 5.0  # for the others to fail likewise, or to hear of it
+STEPS_IN_FLIGHT = 2  # that devices may lag behind the processes' agreement to stop
+
+_FAILURES = "dslt/failures/"
+_is_failing = threading.Event()
+_names = itertools.count()  # of what is said: all processes say the same things in one order
+
+
+def initialize(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout_secs: int
+) -> None:
+    """Waits for the other processes. To be called before JAX looks at its devices.
+
+    What is None is found by JAX: on a Cloud TPU pod, in a Slurm step, under Open MPI. Afterwards
+    process 0 alone prints to standard output and shows progress bars (if tqdm is imported later). A
+    second call does nothing.
+
+    Args:
+      coordinator: host:port at which process 0 listens.
+      process_id: of this process, from 0.
+      timeout_secs: until all have come. Where some do not, this process ends itself with a message:
+        JAX would abort it with a stack trace.
+
+    Raises:
+      InputError: what is None cannot be found, or what is given cannot be.
+    """
+    if global_state.client is not None:
+        return
+    # Its handler would swallow every SIGTERM; `AnyProcess` agrees on the step to stop at.
+    jax.config.update("jax_enable_preemption_service", False)
+    too_late = threading.Timer(timeout_secs, _give_up, [coordinator, num_processes, timeout_secs])
+    too_late.daemon = True
+    too_late.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=timeout_secs + 60,  # _give_up speaks first
+        )
+        jax.devices()  # on TPUs this waits for the others too
+    except (ValueError, RuntimeError, OSError) as error:
+        raise InputError(
+            f"the processes of this run cannot be found ({_first_line(error)}); expected a Cloud "
+            "TPU pod, a Slurm step or Open MPI, or else --coordinator host:port with "
+            "--num_processes and --process_id"
+        ) from None
+    finally:
+        too_late.cancel()
+    threading.Thread(target=_watch, daemon=True).start()
+    if not is_main():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, to the end
+        os.environ["TQDM_DISABLE"] = "1"
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes. True in a single process."""
+    return global_state.process_id == 0
+
+
+def is_alone() -> bool:
+    """Whether there is no other process."""
+    return global_state.client is None or global_state.num_processes == 1
+
+
+def share(value):
+    """Process 0's value, on every process; waits for it however long. JSON's types alone."""
+    if is_alone():
+        return value
+    name = f"dslt/share/{next(_names)}"
+    if is_main():
+        global_state.client.key_value_set(name, json.dumps(value))
+        return value
+    return json.loads(_wait_for(name))
+
+
+def gather(value) -> list:
+    """Every process's value, by process; waits for them however long. JSON's types alone."""
+    if is_alone():
+        return [value]
+    name = f"dslt/gather/{next(_names)}/"
+    own = f"{name}{global_state.process_id}"
+    global_state.client.key_value_set(own, json.dumps(value))
+    values = [
+        json.loads(_wait_for(f"{name}{process}")) for process in range(global_state.num_processes)
+    ]
+    global_state.client.wait_at_barrier(name, READ_TIMEOUT_SECS * 1000)  # all have read
+    global_state.client.key_value_delete(own)
+    return values
+
+
+def divide(count: int, work: Callable[[range], list]) -> list:
+    """The results of `work` for the items 0 … count - 1, of which each process does its share.
+
+    Args:
+      work: the numbers of some items (every n-th of n processes, perhaps none) to a result for
+        each, of JSON's types. It must not need the other processes.
+
+    Returns:
+      All results, in the order of the items, on every process.
+    """
+    processes = 1 if is_alone() else global_state.num_processes
+    results = [None] * count
+    for process, part in enumerate(gather(work(range(global_state.process_id, count, processes)))):
+        results[process::processes] = part
+    return results
+
+
+def check_same(name: str, value) -> None:
+    """Raises InputError on every process if one of them has another `value` (JSON's types)."""
+    for process, found in enumerate(values := gather(value)):
+        if found != values[0]:
+            raise InputError(
+                f"{name} is {found} on process {process}, but {values[0]} on process 0; expected "
+                "the same on all: give each the same files and the same command"
+            )
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Process 0 runs the block before the others do; where it fails there, they fail alike."""
+    if not is_main() and (message := share(None)):
+        raise InputError(message)
+    try:
+        yield
+    except (InputError, OSError) as error:
+        if is_main():
+            share(str(error))
+        raise
+    if is_main():
+        share(None)
+
+
+class AnyProcess:
+    """Whether any process says so, which all learn at the same step.
+
+    Each step sums the processes' answers on their devices, behind the train step, and reads the sum
+    of STEPS_IN_FLIGHT steps before: so nothing waits for the step that has just been started.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        is_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.steps_in_flight = 0 if is_cpu else STEPS_IN_FLIGHT
+        self._pending: collections.deque[jax.Array] = collections.deque()
+
+    def ask(self, says_so: bool, results) -> bool:
+        """To be called by all processes after every step, with the arrays that the step made."""
+        if is_alone():
+            return says_so
+        if not self.steps_in_flight:
+            # Two programs in flight on several CPU devices, with Gloo between the processes, were
+            # seen to stand still for ever: each held a device that the other waited for.
+            jax.block_until_ready(results)
+        answers = jax.make_array_from_callback(
+            (self._where.mesh.size,), self._where, lambda _: np.array([says_so])
+        )
+        self._pending.append(self._any(answers))
+        if len(self._pending) <= self.steps_in_flight:
+            return False
+        return bool(self._pending.popleft())
+
+
+def fail(message: str, status: int) -> None:
+    """Prints an error, ends this process, and with it the others, which would wait for it for ever.
+
+    What process 0 says too is left to it. A single process does nothing; several do not return: an
+    orderly exit would wait for the rest.
+    """
+    if is_alone():
+        return
+    _is_failing.set()
+    try:
+        global_state.client.key_value_set(f"{_FAILURES}{global_state.process_id}", message)
+        if not is_main() and message == _wait_for(f"{_FAILURES}0", GRACE_SECS):
+            message = ""
+    except (jax.errors.JaxRuntimeError, TimeoutError):
+        pass  # process 0 is gone, or has no error of its own
+    if message:
+        prefix = "" if is_main() else f"process {global_state.process_id}: "
+        print(prefix + message, file=sys.stderr, flush=True)
+    if is_main() or not message:
+        # Process 0 goes last: JAX aborts the processes that it leaves behind.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            global_state.client.wait_at_barrier("dslt/failed", int(2 * GRACE_SECS * 1000))
+        time.sleep(0.5 if is_main() else 0.0)
+    os._exit(status)
+
+
+def _watch() -> None:
+    """Ends this process a while after another has failed."""
+    while True:
+        time.sleep(1.0)
+        try:
+            failures = global_state.client.key_value_dir_get(_FAILURES)
+        except (jax.errors.JaxRuntimeError, AttributeError):  # the run is over
+            return
+        if failures:
+            time.sleep(GRACE_SECS + is_main())  # if it fails likewise, it says so itself
+            if _is_failing.is_set():
+                return
+            name, message = failures[0]
+            print(
+                f"process {global_state.process_id}: ends, because process "
+                f"{name.removeprefix(_FAILURES)} failed: {message}",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+
+
+def _wait_for(name: str, timeout_secs: float = math.inf) -> str:
+    """What is said under a name; raises TimeoutError where nobody says it in time."""
+    deadline = time.monotonic() + timeout_secs
+    while True:
+        try:
+            return global_state.client.blocking_key_value_get(name, 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if not str(error).startswith("DEADLINE_EXCEEDED"):
+                raise
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"another process said nothing for {timeout_secs:.0f} s ({name})")
+
+
+def _give_up(coordinator: str | None, num_processes: int | None, timeout_secs: int) -> None:
+    where = f" at {coordinator}" if coordinator else ""
+    print(
+        f"the {num_processes or ''} processes of this run have not met{where} within "
+        f"{timeout_secs} s; expected the same command on every worker. Start it where it is "
+        "missing, look whether all reach process 0's port, or wait longer: --start_timeout_secs",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
