@@ -72,7 +72,7 @@ def plan(args) -> None:
         say = functools.partial(print, flush=True)
         print(f"\nlargest batch on {topology}, compiled with little effort:")
         best = planning.largest_batch(run, topology, hbm_bytes, say)
-        print(f"  largest: {best.run.shape.examples} examples" if best else "  none fits")
+        print(f"  largest found: {best.run.shape.examples} examples" if best else "  none fits")
         if topology.is_tpu:
             print(f"\nsmallest {topology.version} slice for this batch:")
             best = planning.smallest_slice(run, topology, hbm_bytes, say)
