@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_distributed(args):
             raise
         traceback.print_exc()
-        return fail(args, f"dslt {args.command}: {type(error).__name__}: {error}", 1)
+        message = f"dslt {args.command}: {type(error).__name__}: {error}"
+        if type(error).__name__ == "JaxRuntimeError":  # a broken connection is one
+            message += " (where another process has died, its own output says why)"
+        return fail(args, message, 1)
 
 
 def fail(args, message: str, status: int) -> int:
@@ -56,9 +59,12 @@ def fail(args, message: str, status: int) -> int:
 
 
 def is_distributed(args) -> bool:
-    """Whether the command line asks for several processes."""
-    asked = ("distributed", "coordinator", "num_processes", "process_id")
-    return any(getattr(args, name, None) not in (None, False) for name in asked)
+    """Whether the flags or the environment ask for several processes."""
+    if not hasattr(args, "distributed"):  # a stage for one process
+        return False
+    flags = (args.coordinator, args.num_processes, args.process_id)
+    has_flag = args.distributed or any(flag is not None for flag in flags)
+    return has_flag or PROCESS_VARIABLES["coordinator"] in os.environ
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -891,13 +897,14 @@ def add_gin_flag(command) -> None:
 def add_process_flags(command) -> None:
     group = command.add_argument_group(
         "several processes",
-        "One command on every worker. Without these flags it runs in one process.",
+        "One command on every worker. It runs in one process unless one of these flags, or "
+        f"{PROCESS_VARIABLES['coordinator']} in the environment, asks for several.",
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="find the others by the environment: a Cloud TPU pod, Slurm, Open MPI, or for the "
-        f"flags below {', '.join(PROCESS_VARIABLES.values())}",
+        help="find the others by the environment: a Cloud TPU pod, Slurm or Open MPI; or, in place "
+        f"of the flags below, {', '.join(PROCESS_VARIABLES.values())}",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num_processes", type=positive, metavar="N")
@@ -916,7 +923,7 @@ PROCESS_VARIABLES = {
 
 
 def start_processes(args) -> None:
-    """Joins the other processes if the command line asks for it. Raises InputError."""
+    """Joins the other processes if there are to be several. Raises InputError."""
     if not is_distributed(args):
         return
     found = {}
