@@ -62,6 +62,8 @@ def initialize(
     """
     if global_state.client is not None:
         return
+    if coordinator is not None:
+        _check_address(coordinator)
     # Its handler would swallow every SIGTERM; `AnyProcess` agrees on the step to stop at.
     jax.config.update("jax_enable_preemption_service", False)
     too_late = threading.Timer(timeout_secs, _give_up, [coordinator, num_processes, timeout_secs])
@@ -78,8 +80,8 @@ def initialize(
     except (ValueError, RuntimeError, OSError) as error:
         raise InputError(
             f"the processes of this run cannot be found ({_first_line(error)}); expected a Cloud "
-            "TPU pod, a Slurm step or Open MPI, or else --coordinator host:port with "
-            "--num_processes and --process_id"
+            "TPU pod, a Slurm step or Open MPI, or else --coordinator host:port (a free port of "
+            "process 0's host) with --num_processes and --process_id"
         ) from None
     finally:
         too_late.cancel()
@@ -97,6 +99,18 @@ def is_main() -> bool:
 def is_alone() -> bool:
     """Whether there is no other process."""
     return global_state.client is None or global_state.num_processes == 1
+
+
+def check_joined() -> None:
+    """Raises InputError where JAX sees several processes that were not told to work together.
+
+    So it is on a Cloud TPU pod, whose runtime finds all devices by itself.
+    """
+    if global_state.client is None and jax.process_count() > 1:
+        raise InputError(
+            f"this is one of {jax.process_count()} processes whose devices JAX sees, but they were "
+            "not told to work together; expected --distributed on every worker"
+        )
 
 
 def share(value):
@@ -201,13 +215,16 @@ class AnyProcess:
 def fail(message: str, status: int) -> None:
     """Prints an error, ends this process, and with it the others, which would wait for it for ever.
 
-    What process 0 says too is left to it. A single process does nothing; several do not return: an
+    What process 0 says too is left to it. Where others had failed before, their messages come last:
+    that a connection broke is no cause. A single process does nothing; several do not return: an
     orderly exit would wait for the rest.
     """
     if is_alone():
         return
     _is_failing.set()
+    causes = []
     try:
+        causes = _failures()
         global_state.client.key_value_set(f"{_FAILURES}{global_state.process_id}", message)
         if not is_main() and message == _wait_for(f"{_FAILURES}0", GRACE_SECS):
             message = ""
@@ -216,6 +233,9 @@ def fail(message: str, status: int) -> None:
     if message:
         prefix = "" if is_main() else f"process {global_state.process_id}: "
         print(prefix + message, file=sys.stderr, flush=True)
+        for process, cause in causes:
+            if cause != message:
+                print(f"process {process} failed before: {cause}", file=sys.stderr, flush=True)
     if is_main() or not message:
         # Process 0 goes last: JAX aborts the processes that it leaves behind.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -229,21 +249,27 @@ def _watch() -> None:
     while True:
         time.sleep(1.0)
         try:
-            failures = global_state.client.key_value_dir_get(_FAILURES)
+            failures = _failures()
         except (jax.errors.JaxRuntimeError, AttributeError):  # the run is over
             return
         if failures:
             time.sleep(GRACE_SECS + is_main())  # if it fails likewise, it says so itself
             if _is_failing.is_set():
                 return
-            name, message = failures[0]
+            process, message = failures[0]
             print(
-                f"process {global_state.process_id}: ends, because process "
-                f"{name.removeprefix(_FAILURES)} failed: {message}",
+                f"process {global_state.process_id}: ends, because process {process} failed: "
+                f"{message}",
                 file=sys.stderr,
                 flush=True,
             )
             os._exit(1)
+
+
+def _failures() -> list[tuple[str, str]]:
+    """Processes that have failed, and their messages."""
+    found = global_state.client.key_value_dir_get(_FAILURES)
+    return [(name.removeprefix(_FAILURES), message) for name, message in found]
 
 
 def _wait_for(name: str, timeout_secs: float = math.inf) -> str:
@@ -269,6 +295,15 @@ def _give_up(coordinator: str | None, num_processes: int | None, timeout_secs: i
         flush=True,
     )
     os._exit(2)
+
+
+def _check_address(coordinator: str) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise InputError(
+            f"the coordinator is {coordinator!r}; expected host:port, such as 10.0.0.1:8476: where "
+            "process 0 runs, and a port of it that is free"
+        )
 
 
 def _first_line(error: Exception) -> str:

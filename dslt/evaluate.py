@@ -96,6 +96,7 @@ class Decoder:
 
     def __init__(self, path: Path, mesh_config: MeshConfig, rows: int):
         """`path` is a run, a checkpoint or a Hugging Face directory; `rows` decode at a time."""
+        distributed.check_joined()
         self.mesh = sharding.local_mesh(sharding.make_mesh(mesh_config))
         self.config, graphdef, self.params = student.load(path, self.mesh)
         self._placed = sharding.with_shardings(self.mesh, t5.abstract_params(self.config)[1])

@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_distributed(args):
             raise
         traceback.print_exc()
-        return fail(args, f"dslt {args.command}: {type(error).__name__}: {error}", 1)
+        message = f"dslt {args.command}: {type(error).__name__}: {error}"
+        if type(error).__name__ == "JaxRuntimeError":  # a broken connection is one
+            message += " (where another process has died, its own output says why)"
+        return fail(args, message, 1)
 
 
 def build_parser() -> argparse.ArgumentParser:

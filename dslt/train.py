@@ -104,6 +104,7 @@ def train(
     Raises:
       InputError: before anything compiles, where the start cannot be used.
     """
+    distributed.check_joined()
     mesh = sharding.make_mesh(mesh_config)
     attention.check_platform(model_config.attention, mesh.devices.flat[0].platform)
     optimizer = make_optimizer(optimizer_config, config.num_steps)

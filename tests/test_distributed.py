@@ -4,9 +4,11 @@ Each group of processes runs several commands one after another, because startin
 time. A group that hangs is killed, and its test fails.
 """
 
+import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,14 +20,16 @@ import jax
 import numpy as np
 import pytest
 
-from dslt import distributed
+from dslt import config, distributed
 from dslt.checkpoint import student
 from dslt.checkpoint.manager import finished_steps
 from dslt.core.sharding import MeshConfig, make_mesh
-from dslt.main import INTERRUPTED, main
+from dslt.errors import InputError
+from dslt.main import INTERRUPTED, build_parser, main, open_train_stream, start_processes
 from dslt.records import read_examples, read_predictions
 from dslt.workdir import RunDir, read_json_rows
 
+HANG_SECS = 300  # a group takes a tenth of it where two cores are free
 NUM_STEPS = 6
 STOP_STEP = 3
 SMALL = (
@@ -43,36 +47,72 @@ SMALL = (
     "train.TrainConfig.log_every_steps = 1",
     "evaluate.EvalConfig.rows = 4",
     "evaluate.EvalConfig.max_label_length = 8",
+    "evaluate.EvalConfig.max_rationale_length = 8",
 )
-# argv: a file of command lines, each perhaps with what befalls this process after which step.
+FSDP = ("sharding.MeshConfig.data = 1", "sharding.MeshConfig.fsdp = -1")
+# How the test evaluates after a step: so that an answer depends on its input and on its number.
+HOW = {
+    STOP_STEP: (
+        "evaluate.EvalConfig.splits = ('validation', 'test')",
+        "evaluate.EvalConfig.strategy = 'sample'",
+        "evaluate.EvalConfig.with_rationales = True",
+    ),
+    NUM_STEPS: (
+        "evaluate.EvalConfig.splits = ('validation',)",
+        "evaluate.EvalConfig.answers = 'likelihood'",
+        "evaluate.EvalConfig.labels = ('neutral', 'entailment', 'contradiction')",
+    ),
+}
+# argv: a file of command lines, each perhaps with a signal that this process gets, and the step after
+# which it comes (before all: a fault instead); where the first batch of each training goes.
 WORKER = """
 import json, os, signal, sys
-from dslt.distributed import AnyProcess
+sys.modules["torch"] = None  # tensorboardX would import it: two seconds
+import numpy as np
+from dslt import distributed
+from dslt.data.pipeline import TrainStream
 from dslt.main import main
 
-ask = AnyProcess.ask
+ask, batches = distributed.AnyProcess.ask, TrainStream.batches
+distributed.GRACE_SECS = 2.0
 
 def disturb(event, after_step):
     def disturbed(self, *args):
         self.steps = getattr(self, "steps", 0) + 1
-        if self.steps == after_step and event == "SIGTERM":
-            os.kill(os.getpid(), signal.SIGTERM)
-        if self.steps == after_step and event == "raise":
-            raise RuntimeError("a fault of this process")
+        if self.steps == after_step:
+            os.kill(os.getpid(), getattr(signal, event))
         return ask(self, *args)
-    return disturbed
 
-for arguments, *event in json.load(open(sys.argv[1])):
-    AnyProcess.ask = disturb(*event) if event else ask
+    def faulty(*_, **__):
+        raise RuntimeError("a fault of this process")
+
+    if after_step:
+        distributed.AnyProcess.ask = disturbed
+    else:
+        TrainStream.__init__ = faulty
+
+def recorded(self, step, rows):
+    found = batches(self, step, rows)
+    first = next(found)
+    np.savez(f"{sys.argv[2]}.{number}.npz", step=step, rows=rows, **first._asdict())
+    yield first
+    yield from found
+
+TrainStream.batches = recorded
+for number, (arguments, *event) in enumerate(json.load(open(sys.argv[1]))):
+    distributed.AnyProcess.ask = ask
+    if event:
+        disturb(*event)
     print("exit status", main(arguments), file=sys.stderr, flush=True)
 """
 
 
-def run_processes(directory, commands, processes, devices, disturbed=(), limit_secs=120):
+def run_processes(directory, commands, processes, devices, disturbed=(), by_flags=False):
     """Runs commands in `processes` processes of `devices` CPU devices each.
 
-    `disturbed` maps (process, number of the command) to an event and the step after which it comes.
-    Returns what each process exited with, and wrote to standard output and to standard error.
+    They meet by the environment, or by flags. `disturbed` maps (process, number of the command) to
+    a signal and the step after which it comes. Returns what each process exited with, wrote to
+    standard output and to standard error, and the first batch of each command that trained.
     """
     directory.mkdir()
     with socket.socket() as free:
@@ -82,16 +122,19 @@ def run_processes(directory, commands, processes, devices, disturbed=(), limit_s
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
     }
-    flags = []
-    if processes > 1:
-        environment |= {
-            "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_NUM_PROCESSES": str(processes),
-        }
-        flags = ["--distributed", "--start_timeout_secs", "60"]
     running = []
     for process in range(processes):
         script = directory / f"{process}.json"
+        flags = []
+        if by_flags:
+            flags = ["--coordinator", address, "--num_processes", str(processes)]
+            flags += ["--process_id", str(process)]
+        elif processes > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(process),
+            }
         script.write_text(
             json.dumps(
                 [
@@ -106,13 +149,13 @@ def run_processes(directory, commands, processes, devices, disturbed=(), limit_s
         ):
             running.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", WORKER, str(script)],
-                    env=environment | {"JAX_PROCESS_ID": str(process)},
+                    [sys.executable, "-c", WORKER, str(script), str(directory / str(process))],
+                    env=environment,
                     stdout=out,
                     stderr=err,
                 )
             )
-    deadline = time.monotonic() + limit_secs
+    deadline = time.monotonic() + HANG_SECS
     try:
         for process in running:
             process.wait(max(deadline - time.monotonic(), 0))
@@ -126,6 +169,10 @@ def run_processes(directory, commands, processes, devices, disturbed=(), limit_s
             status=process.returncode,
             out=(directory / f"{number}.out").read_text(),
             err=(directory / f"{number}.err").read_text(),
+            batches={
+                int(path.suffixes[-2][1:]): np.load(path)
+                for path in directory.glob(f"{number}.*.npz")
+            },
         )
         for number, process in enumerate(running)
     ]
@@ -137,10 +184,14 @@ def statuses(process):
     return [int(line.split()[-1]) for line in lines if line.startswith("exit status")]
 
 
+def gin_args(bindings):
+    return [part for binding in bindings for part in ("--gin", binding)]
+
+
 def train_args(records, run_dir, *overrides):
     bindings = (f"pipeline.DataConfig.records = ({str(records)!r},)", *SMALL, *overrides)
-    gin = [part for binding in bindings for part in ("--gin", binding)]
-    return ["train", "runs/step_by_step.gin", "settings/facts.gin", "--run_dir", str(run_dir), *gin]
+    files = ["runs/step_by_step.gin", "settings/facts.gin"]
+    return ["train", *files, "--run_dir", str(run_dir), *gin_args(bindings)]
 
 
 @pytest.fixture(scope="module")
@@ -164,37 +215,39 @@ def one(base, records):
 
 
 @pytest.fixture(scope="module")
-def two(base, records):
-    """Two processes of one device: `run` stops at a SIGTERM to process 1, and is evaluated."""
+def two(base, records, one):
+    """Two processes of one device: `run` stops at a SIGTERM to process 1, and is evaluated; of the
+    last run process 1 is killed.
+    """
     commands = [
-        train_args(records, base / "run"),
-        ["evaluate", "--run_dir", str(base / "run")],
+        train_args(records, base / "run", *FSDP),
+        ["evaluate", "--run_dir", str(base / "run"), *gin_args(HOW[STOP_STEP])],
         train_args(records, base / "tensor2", "sharding.MeshConfig.tensor = 2"),
+        train_args(records, base / "killed", *FSDP),
     ]
-    processes = run_processes(base / "2x1", commands, 2, 1, {(1, 0): ("SIGTERM", STOP_STEP - 1)})
+    events = {(1, 0): ("SIGTERM", STOP_STEP - 1), (1, 3): ("SIGKILL", STOP_STEP)}
+    processes = run_processes(base / "2x1", commands, 2, 1, events)
     shutil.copytree(base / "run", base / "stopped")
     return processes
 
 
 @pytest.fixture(scope="module")
-def two_of_two(base, records):
-    """Two processes of two devices, of which process 1 fails in the second run."""
+def two_of_two(base, records, one):
+    """Two processes of two devices, of which process 1 fails before the second run."""
     mesh = "sharding.MeshConfig.fsdp = 2"
     commands = [
         train_args(records, base / "data2_fsdp2", mesh),
         train_args(records, base / "failed", mesh),
     ]
-    return run_processes(base / "2x2", commands, 2, 2, {(1, 1): ("raise", STOP_STEP)})
+    return run_processes(base / "2x2", commands, 2, 2, {(1, 1): ("", 0)}, by_flags=True)
 
 
 @pytest.fixture(scope="module")
 def four(base, records, two):
-    """Four processes go on with the run of two, and evaluate its end on the test split alone."""
-    test_split = "evaluate.EvalConfig.splits = ('test',)"
+    """Four processes go on with the run of two, and evaluate its end."""
     commands = [
-        train_args(records, base / "run"),
-        ["evaluate", "--run_dir", str(base / "run"), "--gin", test_split],
-        train_args(records, base / "fsdp4", "sharding.MeshConfig.fsdp = 4"),
+        train_args(records, base / "run", *FSDP),
+        ["evaluate", "--run_dir", str(base / "run"), *gin_args(HOW[NUM_STEPS])],
     ]
     return run_processes(base / "4x1", commands, 4, 1)
 
@@ -245,9 +298,28 @@ def test_processes_of_several_devices_train_as_one_does(base, one, two_of_two):
     check_same_training(RunDir(base / "data2_fsdp2"), one)
 
 
-def test_parameters_split_over_processes_train_as_one_does(base, one, four):
-    assert [statuses(process) for process in four] == [[0, 0, 0]] * 4
-    check_same_training(RunDir(base / "fsdp4"), one)
+@pytest.mark.parametrize(
+    ("group", "number", "step", "num_rows"),
+    [
+        ("two", 0, 0, [4, 4]),
+        ("two", 2, 0, [8, 8]),  # tensor: both see all rows
+        ("two_of_two", 0, 0, [4, 4]),
+        ("four", 0, STOP_STEP, [2, 2, 2, 2]),
+    ],
+)
+def test_the_rows_of_the_processes_are_those_of_one(
+    request, records, one, group, number, step, num_rows
+):
+    """Each builds its own alone, and together they have every row as one process builds it."""
+    configs = config.parse([str(one.config)], [])
+    whole = open_train_stream(one, configs)[0].batch(step, np.arange(8))
+    found = [process.batches[number] for process in request.getfixturevalue(group)]
+    assert [len(part["rows"]) for part in found] == num_rows
+    assert set(np.concatenate([part["rows"] for part in found])) == set(range(8))
+    for part in found:
+        assert part["step"] == step
+        for name, array in whole._asdict().items():
+            np.testing.assert_array_equal(part[name], array[part["rows"]])
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(base, two):
@@ -259,6 +331,8 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(base, two):
 
 
 def test_a_stopped_run_ends_on_other_processes_as_an_undisturbed_one(base, one, four):
+    """Its parameters are split over two processes, and then over four."""
+    assert [statuses(process) for process in four] == [[0, 0]] * 4
     assert f"Resuming {base / 'run' / 'checkpoints'} after step {STOP_STEP}" in four[0].out
     run = RunDir(base / "run")
     assert run.state() == "finished"
@@ -267,9 +341,9 @@ def test_a_stopped_run_ends_on_other_processes_as_an_undisturbed_one(base, one, 
 
 def test_what_is_logged_counts_the_rows_of_all_processes(one, four, base):
     """Of a host's own rows a quarter would be counted."""
-    rows, expected = read_json_rows(RunDir(base / "fsdp4").metrics), read_json_rows(one.metrics)
+    rows, expected = read_json_rows(RunDir(base / "run").metrics), read_json_rows(one.metrics)
     for row, expected_row in zip(rows, expected, strict=True):
-        # One process has eight devices, which pad the rows to 16; four pad them to 8.
+        # One process has eight devices, which pad the rows to 16; two and four pad them to 8.
         assert row["source_fill"] == pytest.approx(2 * expected_row["source_fill"])
         ratio = row["tokens_per_sec"] / row["examples_per_sec"]
         assert ratio == pytest.approx(
@@ -277,29 +351,37 @@ def test_what_is_logged_counts_the_rows_of_all_processes(one, four, base):
         )
 
 
-@pytest.mark.parametrize(("step", "num_examples"), [(STOP_STEP, 7), (NUM_STEPS, 5)])
+@pytest.mark.parametrize(
+    ("step", "splits", "num_examples"),
+    [(STOP_STEP, ("validation", "test"), 7), (NUM_STEPS, ("validation",), 2)],
+)
 def test_evaluation_deals_uneven_inputs_to_processes(
-    base, records, four, tmp_path, step, num_examples
+    base, records, four, tmp_path, step, splits, num_examples
 ):
-    """7 inputs over two processes and 5 over four are judged as by one, in order, each once."""
-    run = RunDir(base / "run")
+    """7 inputs over two processes are judged as by one, in order, each once; so are 2 over four, of
+    which two have nothing to do.
+    """
+    run = RunDir(base / ("stopped" if step == STOP_STEP else "run"))
     again = RunDir(tmp_path / "again")
-    left_out = shutil.ignore_patterns("evaluations*", "best")
-    shutil.copytree(run.path, again.path, ignore=left_out)
-    if step == STOP_STEP:
-        run = RunDir(base / "stopped")
-        shutil.copytree(run.checkpoints, again.checkpoints, dirs_exist_ok=True)
-    splits = ("validation", "test") if num_examples == 7 else ("test",)
-    binding = f"evaluate.EvalConfig.splits = {splits}"
-    args = ["--run_dir", str(again.path), "--step", str(step), "--gin", binding]
+    shutil.copytree(run.path, again.path, ignore=shutil.ignore_patterns("evaluations*", "best"))
+    bindings = (*HOW[step], "sharding.MeshConfig.fsdp = 8")
+    args = ["--run_dir", str(again.path), "--step", str(step), *gin_args(bindings)]
     assert main(["evaluate", *args]) == 0
     found, expected = (
         list(read_predictions(where.evaluation(step) / "predictions.jsonl"))
         for where in (run, again)
     )
-    assert found == expected and len(found) == num_examples
     ids = [e.id for split in splits for e in read_examples(records) if e.split == split]
-    assert [prediction.id for prediction in found] == ids
+    assert [prediction.id for prediction in found] == ids and len(ids) == num_examples
+    for one_of_several, one_of_one in zip(found, expected, strict=True):
+        if one_of_one.probability is not None:
+            assert one_of_several.probability == pytest.approx(one_of_one.probability, rel=1e-5)
+            one_of_one = dataclasses.replace(one_of_one, probability=one_of_several.probability)
+        assert one_of_several == one_of_one
+    if step == STOP_STEP:
+        assert len({prediction.prediction for prediction in found}) > 1  # else any order would do
+    else:
+        assert len({prediction.probability for prediction in found}) == num_examples
 
 
 def test_the_best_checkpoint_of_several_processes_serves_one(base, two):
@@ -311,17 +393,23 @@ def test_the_best_checkpoint_of_several_processes_serves_one(base, two):
 
 def test_process_0_alone_speaks(base, two, four):
     for main_process, *others in (two, four):
-        assert "test 0.0 % of 5" in main_process.out and "step/s" in main_process.err
+        assert "best on validation" in main_process.out and "step/s" in main_process.err
         for process in others:
-            assert "test 0.0" not in process.out and "step/s" not in process.err
+            assert "validation" not in process.out and "step/s" not in process.err
     assert len(list((base / "run").glob("events.out.tfevents*"))) == 2  # one a training
 
 
-def test_a_fault_in_one_process_ends_all(base, two_of_two):
+def test_a_fault_in_one_process_ends_all(two_of_two):
     first, second = two_of_two
     assert "RuntimeError: a fault of this process" in second.err
     assert "a fault of this process" in first.err.splitlines()[-1]
     assert (first.status, second.status) == (1, 1)
+
+
+def test_the_others_of_a_killed_process_end_with_a_message(two):
+    survivor, killed = two
+    assert (survivor.status, killed.status) == (1, -signal.SIGKILL)
+    assert "(where another process has died" in survivor.err.splitlines()[-1]
 
 
 def test_an_error_of_all_processes_is_said_once(base, tmp_path):
@@ -340,8 +428,56 @@ def test_a_worker_that_does_not_come_is_missed_in_time(records, tmp_path):
     assert "the 2 processes of this run have not met at 127.0.0.1:1 within 1 s" in process.err
 
 
-def test_processes_that_cannot_be_found_are_one_message(records, tmp_path):
-    command = [*train_args(records, tmp_path / "run"), "--distributed"]
-    (process,) = run_processes(tmp_path / "none", [command], 1, 1)
-    assert "expected a Cloud TPU pod, a Slurm step or Open MPI, or else" in process.err
-    assert statuses(process) == [2] and "Traceback" not in process.err
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        ("--coordinator 10.0.0.1", {}, "is '10.0.0.1'; expected host:port"),
+        ("--coordinator here:80000", {}, "is 'here:80000'; expected host:port"),
+        ("", {"JAX_COORDINATOR_ADDRESS": "here"}, "is 'here'; expected host:port"),
+        ("--distributed", {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; expected a"),
+        ("--distributed", {"JAX_PROCESS_ID": "first"}, "JAX_PROCESS_ID is 'first'; expected a"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(monkeypatch, capsys, flags, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main([*train_args("none", "none"), *flags.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_processes_that_cannot_be_found_are_one_message(tmp_path):
+    address = ["--coordinator", "127.0.0.1:1"]
+    cases = {
+        "coordinator_address should be defined": ["--distributed"],
+        "Number of processes must be defined": address,
+        "id of the current process must be defined": [*address, "--num_processes", "2"],
+        "process_id=2, num_processes=2": [*address, *["--num_processes", "2", "--process_id", "2"]],
+    }
+    commands = [[*train_args("none", "none"), *flags] for flags in cases.values()]
+    (process,) = run_processes(tmp_path / "none", commands, 1, 1)
+    assert statuses(process) == [2] * len(cases) and "Traceback" not in process.err
+    messages = [line for line in process.err.splitlines() if line.startswith("dslt train: ")]
+    for message, part in zip(messages, cases, strict=True):
+        assert part in message and "expected a Cloud TPU pod, a Slurm step or" in message
+
+
+def test_without_flags_or_environment_one_process_connects_nowhere(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("connects")
+
+    monkeypatch.setattr(distributed, "initialize", fail)
+    parser = build_parser()
+    for command in (train_args("none", "none"), ["evaluate", "--run_dir", "none"]):
+        start_processes(parser.parse_args(command))
+        with pytest.raises(AssertionError, match="connects"):
+            start_processes(parser.parse_args([*command, "--distributed"]))
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
+    with pytest.raises(AssertionError, match="connects"):
+        start_processes(parser.parse_args(command))
+
+
+def test_processes_that_were_not_told_of_each_other_are_refused(monkeypatch):
+    distributed.check_joined()
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(InputError, match="one of 4 processes whose devices JAX sees"):
+        distributed.check_joined()

@@ -19,13 +19,14 @@ PROCESS_VARIABLES = {
 def add_process_flags(command) -> None:
     group = command.add_argument_group(
         "several processes",
-        "One command on every worker. Without these flags it runs in one process.",
+        "One command on every worker. It runs in one process unless one of these flags, or "
+        f"{PROCESS_VARIABLES['coordinator']} in the environment, asks for several.",
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="find the others by the environment: a Cloud TPU pod, Slurm, Open MPI, or for the "
-        f"flags below {', '.join(PROCESS_VARIABLES.values())}",
+        help="find the others by the environment: a Cloud TPU pod, Slurm or Open MPI; or, in place "
+        f"of the flags below, {', '.join(PROCESS_VARIABLES.values())}",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num_processes", type=positive, metavar="N")
@@ -36,7 +37,7 @@ def add_process_flags(command) -> None:
 
 
 def start_processes(args) -> None:
-    """Joins the other processes if the command line asks for it. Raises InputError."""
+    """Joins the other processes if there are to be several. Raises InputError."""
     if not is_distributed(args):
         return
     found = {}
@@ -54,9 +55,12 @@ def start_processes(args) -> None:
 
 
 def is_distributed(args) -> bool:
-    """Whether the command line asks for several processes."""
-    asked = ("distributed", "coordinator", "num_processes", "process_id")
-    return any(getattr(args, name, None) not in (None, False) for name in asked)
+    """Whether the flags or the environment ask for several processes."""
+    if not hasattr(args, "distributed"):  # a stage for one process
+        return False
+    flags = (args.coordinator, args.num_processes, args.process_id)
+    has_flag = args.distributed or any(flag is not None for flag in flags)
+    return has_flag or PROCESS_VARIABLES["coordinator"] in os.environ
 
 
 def fail(args, message: str, status: int) -> int:
