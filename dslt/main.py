@@ -18,6 +18,10 @@ from dslt import __version__
 from dslt.errors import InputError
 
 INTERRUPTED = 130  # as a shell has it for SIGINT
+STRATEGY_FLAGS = {  # what of `dslt predict` says nothing to another strategy
+    "sample": ("temperature", "top_k", "top_p", "seed"),
+    "beam": ("num_beams", "length_penalty", "early_stopping"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -399,6 +403,8 @@ def evaluate(args) -> None:
 def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> list:
     """What each input may be answered with: the config's labels, or the choices that it lists.
 
+    Of texts that are the same tokens to the student, the first stands for all.
+
     Args:
       inputs: how an error calls each, and its text.
 
@@ -419,14 +425,16 @@ def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> l
                 "give the labels to choose from, or let answers be 'open'"
             )
         if texts not in sets:
-            tokens = tuple((*vocabulary.encode(answer), EOS_ID) for answer in texts)
-            for answer, ids in zip(texts, tokens, strict=True):
+            text_of: dict[tuple[int, ...], str] = {}
+            for answer in texts:
+                ids = (*vocabulary.encode(answer), EOS_ID)
+                text_of.setdefault(ids, answer)
                 if len(ids) > config.max_label_length:
                     raise InputError(
                         f"{name}: the answer {answer!r} has {len(ids)} tokens; expected at most "
                         f"max_label_length = {config.max_label_length}"
                     )
-            sets[texts] = AnswerSet(texts, tokens)
+            sets[texts] = AnswerSet(tuple(text_of.values()), tuple(text_of))
         chosen.append(sets[texts])
     return chosen
 
@@ -494,6 +502,13 @@ def predict(args) -> None:
     if "labels" in given:
         given |= {"labels": tuple(args.labels), "answers": given.get("answers", "likelihood")}
     config = judge.EvalConfig(**given)
+    for strategy, flags in STRATEGY_FLAGS.items():
+        idle = [f"--{flag}" for flag in flags if flag in given and strategy != config.strategy]
+        if idle:
+            raise InputError(
+                f"{', '.join(idle)} given, but the strategy is {config.strategy!r}; expected "
+                f"--strategy {strategy} with it"
+            )
     path = Path(args.student)
     format, vocabulary_path = student_files(path)
     rows = read_inputs(args.input_file, args.split)[: args.limit]
