@@ -153,7 +153,7 @@ class ContinuousDecoder:
             )
             ended = np.flatnonzero((number_of_slot >= 0) & ~is_live)
             for slot in ended:
-                outputs[number_of_slot[slot]] = _before_eos(tokens[slot])
+                outputs[number_of_slot[slot]] = _before_eos(tokens[slot, : lengths[slot]])
             number_of_slot[ended] = -1
             on_decoded(len(ended))
             cache_length = slots.can_see.shape[2]
