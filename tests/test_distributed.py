@@ -63,8 +63,8 @@ HOW = {
         "evaluate.EvalConfig.labels = ('neutral', 'entailment', 'contradiction')",
     ),
 }
-# argv: a file of command lines, each perhaps with a signal that this process gets, and the step after
-# which it comes (before all: a fault instead); where the first batch of each training goes.
+# argv: a file of command lines, each perhaps with a signal that this process gets, and the step
+# after which it comes (before all: a fault instead); where the first batch of each training goes.
 WORKER = """
 import json, os, signal, sys
 sys.modules["torch"] = None  # tensorboardX would import it: two seconds

@@ -85,6 +85,8 @@ def evaluate(args) -> None:
 def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> list:
     """What each input may be answered with: the config's labels, or the choices that it lists.
 
+    Of texts that are the same tokens to the student, the first stands for all.
+
     Args:
       inputs: how an error calls each, and its text.
 
@@ -105,13 +107,15 @@ def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> l
                 "give the labels to choose from, or let answers be 'open'"
             )
         if texts not in sets:
-            tokens = tuple((*vocabulary.encode(answer), EOS_ID) for answer in texts)
-            for answer, ids in zip(texts, tokens, strict=True):
+            text_of: dict[tuple[int, ...], str] = {}
+            for answer in texts:
+                ids = (*vocabulary.encode(answer), EOS_ID)
+                text_of.setdefault(ids, answer)
                 if len(ids) > config.max_label_length:
                     raise InputError(
                         f"{name}: the answer {answer!r} has {len(ids)} tokens; expected at most "
                         f"max_label_length = {config.max_label_length}"
                     )
-            sets[texts] = AnswerSet(texts, tokens)
+            sets[texts] = AnswerSet(tuple(text_of.values()), tuple(text_of))
         chosen.append(sets[texts])
     return chosen

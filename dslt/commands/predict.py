@@ -9,6 +9,11 @@ from dslt.commands.evaluate import make_answer_sets
 from dslt.commands.students import student_files
 from dslt.errors import InputError
 
+STRATEGY_FLAGS = {  # what says nothing to another strategy
+    "sample": ("temperature", "top_k", "top_p", "seed"),
+    "beam": ("num_beams", "length_penalty", "early_stopping"),
+}
+
 
 def add(commands) -> None:
     command = add_command(commands, "predict", predict, "answer new inputs")
@@ -68,6 +73,13 @@ def predict(args) -> None:
     if "labels" in given:
         given |= {"labels": tuple(args.labels), "answers": given.get("answers", "likelihood")}
     config = judge.EvalConfig(**given)
+    for strategy, flags in STRATEGY_FLAGS.items():
+        idle = [f"--{flag}" for flag in flags if flag in given and strategy != config.strategy]
+        if idle:
+            raise InputError(
+                f"{', '.join(idle)} given, but the strategy is {config.strategy!r}; expected "
+                f"--strategy {strategy} with it"
+            )
     path = Path(args.student)
     format, vocabulary_path = student_files(path)
     rows = read_inputs(args.input_file, args.split)[: args.limit]
