@@ -19,7 +19,7 @@ from dslt import distributed, metrics
 from dslt.checkpoint import student
 from dslt.checkpoint.manager import CheckpointManager, Layout, finished_steps
 from dslt.core import sharding, t5
-from dslt.core.batch import PAD_ID
+from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.core.continuous import ContinuousDecoder
 from dslt.core.decode import DecodeConfig
 from dslt.core.sharding import MeshConfig
@@ -81,10 +81,14 @@ class EvalConfig(DecodeConfig):
 
 @dataclasses.dataclass(frozen=True)
 class AnswerSet:
-    """What an example may be answered with: texts, and for each its tokens, EOS included."""
+    """What an example may be answered with: texts, and for each its own tokens, EOS included."""
 
     texts: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer of these tokens, EOS left off: its own text, whatever they decode to."""
+        return self.texts[self.tokens.index((*tokens, EOS_ID))]
 
 
 class Decoder:
@@ -194,8 +198,10 @@ def answer(
             for of, row in zip(answer_sets, found, strict=True)
         ]
         return [next(iter(row)) for row in distributions], distributions
-    allowed = None if config.answers == "open" else answer_sets
-    tokens = decoder(inputs, config.max_label_length, "labels", config, allowed)
+    if config.answers == "trie":
+        tokens = decoder(inputs, config.max_label_length, "labels", config, answer_sets)
+        return [of.text(row) for of, row in zip(answer_sets, tokens, strict=True)], None
+    tokens = decoder(inputs, config.max_label_length, "labels", config)
     return [decode_text(row) for row in tokens], None
 
 

@@ -372,8 +372,8 @@ def largest_batch(
 ) -> TrainPlan | None:
     """The plan of the largest batch that fits with MARGIN to spare; None where not one row does.
 
-    Memory is nearly a line over the rows, so each trial lies where the line through the last two
-    says, and is compiled; at most MOST_TRIALS, to one row a device.
+    Memory is nearly a line over the rows, so a trial lies where the line through the two largest
+    says until one does not fit, and then in the middle; at most MOST_TRIALS, to one row a device.
     """
     mesh = sharding.make_mesh(run.mesh, compile_devices(topology))
     multiple = sharding.row_multiple(mesh, run.train.accumulation_steps)
@@ -398,8 +398,8 @@ def largest_batch(
         low, high = max(fitting, default=0), min(others, default=math.inf)
         if not low or high - low <= 1:
             break
-        guess = _where_full(points, (1 - MARGIN))
-        attempt(int(min(max(guess, low + 1), high - 1)))
+        guess = (low + high) // 2 if others else _where_full(points, 1 - MARGIN)
+        attempt(max(guess, low + 1))
     fitting = [count for count, plan in points.items() if plan.memory.fits(MARGIN)]
     return points[max(fitting)] if fitting else None
 

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "bench_reference": ("core",),
     "plan": ("core", "train", "evaluate"),
     "config": None,
+    "commands": None,
     "main": None,
 }
 
@@ -48,8 +49,8 @@ MAY_INSTALL = {
 
 # The only wings that may name these, inside functions too.
 HOMES = {
-    "argparse": ("main",),
-    "gin": ("main", "config"),
+    "argparse": ("main", "commands"),
+    "gin": ("config",),
     "seqio": ("data",),
     "tensorflow": ("data",),
     "tensorflow_datasets": ("data",),
@@ -189,7 +190,7 @@ LIGHT = {
         ("jax", *TENSORFLOW),
     ),
     "stages": (["checkpoint/*.py", "train.py", "evaluate.py"], ("dslt.data", *TENSORFLOW)),
-    "main": (["main.py"], ("jax", "numpy", "dslt.core", "dslt.data", *TENSORFLOW)),
+    "main": (["main.py", "commands/*.py"], ("jax", "numpy", "dslt.core", "dslt.data", *TENSORFLOW)),
 }
 LIST_LOADED = "import importlib, json, sys; [importlib.import_module(m) for m in sys.argv[1:]]; "
 LIST_LOADED += "print(json.dumps(sorted(sys.modules)))"

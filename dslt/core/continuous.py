@@ -81,7 +81,8 @@ class ContinuousDecoder:
           config: how tokens are chosen. What is drawn for an input depends on its number, not on
             what is decoded beside it.
           max_length: tokens decoded at most, EOS included.
-          answers: for each input the token sequences that it may decode to, each ending in EOS.
+          answers: for each input the token sequences that it may decode to, each ending in EOS and
+            no longer than `max_length`.
           start_id: the decoder's first input.
           numbers: of the inputs; their indices by default.
           on_decoded: told how many more inputs have been decoded.
@@ -157,7 +158,7 @@ class ContinuousDecoder:
             )
             ended = np.flatnonzero((index_of_slot >= 0) & ~is_live)
             for slot in ended:
-                outputs[index_of_slot[slot]] = _before_eos(tokens[slot])
+                outputs[index_of_slot[slot]] = _before_eos(tokens[slot, : lengths[slot]])
             index_of_slot[ended] = -1
             on_decoded(len(ended))
             cache_length = slots.can_see.shape[2]

@@ -8,6 +8,7 @@ rows write at the same column (see `t5.LayerCache`). Who has a fixed batch calls
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -52,10 +53,15 @@ class DecodeConfig:
     def __post_init__(self):
         checks = {
             "strategy": (self.strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
-            "temperature": (self.temperature > 0, "more than 0 (strategy 'greedy' is its limit)"),
+            "temperature": (
+                1e-30 <= self.temperature < math.inf,
+                "at least 1e-30 and finite (strategy 'greedy' is the limit at 0)",
+            ),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
+            "seed": (0 <= self.seed < 2**32, "0 <= seed < 2**32"),
             "num_beams": (self.num_beams >= 1, ">= 1"),
+            "length_penalty": (math.isfinite(self.length_penalty), "a finite number"),
         }
         for field, (is_legal, expected) in checks.items():
             if not is_legal:

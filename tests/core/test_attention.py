@@ -64,6 +64,28 @@ def test_the_fused_form_gives_the_numbers_of_plain():
             np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_cudnn_lowers_to_its_fused_kernels_for_a_gpu_that_is_not_there(monkeypatch):
+    """Forward, and backward with the gradient of the bias. Lowered, not run."""
+    private = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{private}.check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(f"{private}.check_compute_capability", lambda *_, **__: True)
+    array = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    bias = jax.ShapeDtypeStruct((4, 127), jnp.float32)
+
+    def loss(queries, keys, values, bias, segments):
+        mask = attention.SegmentMask(segments, segments, is_causal=True)
+        bias = attention.bias_form("cudnn", bias, 64)
+        return attention.attend("cudnn", queries, keys, values, bias, mask).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(array, array, array, bias, segments)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaScaleBiasSoftmax(" in program
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in program
+    scores = r"tensor<2x4x64x64xf32>"  # neither they nor their gradients
+    assert scores not in program
+
+
 def test_a_segment_mask_by_hand():
     mask = attention.SegmentMask(np.array([[1, 1, 2, 0]]), np.array([[1, 2, 2, 0]]), False)
     expected = [[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]

@@ -1,4 +1,7 @@
-"""Greedy decoding with the cache against teacher forcing and against the rules of its ends."""
+"""Greedy decoding with the cache against teacher forcing and against the rules of its ends.
+
+Refilled slots are tested in test_continuous.py, beams in test_beam_search.py.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,8 @@ from flax import nnx
 
 from dslt.core import t5
 from dslt.core.batch import EOS_ID, PAD_ID
-from dslt.core.decode import greedy_decode
+from dslt.core.decode import DecodeConfig, greedy_decode
+from dslt.errors import InputError
 
 SHAPE = {
     "vocab_size": 24, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 2,
@@ -182,3 +186,26 @@ def test_decoding_stops_when_all_rows_have_ended(student, monkeypatch):
     ends = list(decoded[0]).index(last)
     assert steps_of(make_eos_of(last, params), source)[1] == ends + 1
     assert steps_of(params, np.zeros((2, 9), np.int32))[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"strategy": "best"}, "strategy is 'best'; expected one of greedy, sample, beam"),
+        ({"temperature": 0.0}, "temperature is 0.0; expected at least 1e-30"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_k": -1}, "top_k is -1; expected 0 (all tokens) or more"),
+        ({"top_p": 0.0}, "top_p is 0.0; expected 0 < top_p <= 1"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"seed": -1}, "seed is -1; expected 0 <= seed"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"num_beams": 0}, "num_beams is 0; expected >= 1"),
+        ({"length_penalty": float("nan")}, "length_penalty is nan; expected a finite number"),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_is_refused(fields, says):
+    with pytest.raises(InputError) as error:
+        DecodeConfig(**fields)
+    assert f"DecodeConfig.{says}" in str(error.value)

@@ -1,0 +1,52 @@
+"""What the subcommands' arguments share."""
+
+import argparse
+
+from dslt.errors import InputError
+
+
+def add_command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    """A subcommand whose help begins with `text`."""
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def add_gin_flag(command) -> None:
+    command.add_argument(
+        "--gin",
+        action="append",
+        default=[],
+        metavar="BINDING",
+        help="an override such as 'train.TrainConfig.rationale_weight = 0.5'; may be repeated",
+    )
+
+
+def add_student_flag(command) -> None:
+    command.add_argument(
+        "--student",
+        required=True,
+        help="a run's directory (its best checkpoint), one checkpoint, or a Hugging Face directory",
+    )
+
+
+def positive(text: str) -> int:
+    """An argparse type."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def require(args, name: str) -> str:
+    """A flag that the other flags make necessary."""
+    value = getattr(args, name)
+    if value is None:
+        raise InputError(f"--{name} is missing; --teacher {args.teacher} needs it")
+    return value

@@ -1,0 +1,68 @@
+"""`dslt bench`: how fast a run is on the devices at hand."""
+
+import importlib.util
+import tempfile
+from pathlib import Path
+
+from dslt.commands.arguments import add_command, add_gin_flag, positive
+from dslt.commands.train import open_train_stream
+from dslt.errors import InputError
+
+
+def add(commands) -> None:
+    command = add_command(commands, "bench", bench, "measure a run's speed on this machine")
+    command.add_argument("gin_files", nargs="+", help="as for `dslt train`")
+    command.add_argument(
+        "--against",
+        choices=("hf",),
+        help="the same beside PyTorch's `transformers`, in the same process",
+    )
+    command.add_argument("--steps", type=positive, default=10, help="measured train steps")
+    command.add_argument(
+        "--decode", type=int, default=64, metavar="INPUTS", help="decoded inputs; 0 for none"
+    )
+    command.add_argument("--repetitions", type=positive, default=3, help="of all decoded inputs")
+    command.add_argument("--output", help="a JSON file for the figures")
+    add_gin_flag(command)
+
+
+def bench(args) -> None:
+    """Prints what was measured, a line a figure."""
+    import jax
+
+    from dslt import bench as measure
+    from dslt import config
+    from dslt.data.pipeline import count_splits, eval_inputs
+    from dslt.workdir import RunDir, write_json
+
+    configs = config.parse(args.gin_files, args.gin)
+    if args.against:
+        require_torch()
+    figures = {}
+    with tempfile.TemporaryDirectory() as directory:
+        run = RunDir(Path(directory))
+        stream, vocabulary = open_train_stream(run, configs)
+        counts = count_splits(configs.data)
+        split = next(name for name in ("validation", "test", "train") if counts[name])
+        for line in stream.report():
+            print(f"data        {line}")
+        print(f"devices     {len(jax.devices())} x {jax.devices()[0].device_kind}")
+        for text, values in measure.bench(
+            configs,
+            batch=stream.batch,
+            inputs=eval_inputs(configs.data, split, vocabulary)[: args.decode],
+            vocabulary=run.vocabulary,
+            against=args.against,
+            steps=args.steps,
+            repetitions=args.repetitions,
+        ):
+            print(text, flush=True)
+            figures |= values
+    if args.output:
+        write_json(Path(args.output), figures)
+
+
+def require_torch() -> None:
+    """Raises InputError where PyTorch is missing."""
+    if importlib.util.find_spec("torch") is None:
+        raise InputError("--against hf needs PyTorch; install the extra: pip install '.[parity]'")

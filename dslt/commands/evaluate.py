@@ -1,0 +1,121 @@
+"""`dslt evaluate`: a run's checkpoints, or predictions that are written already."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dslt.commands.arguments import add_command, add_gin_flag
+from dslt.commands.processes import add_process_flags, start_processes
+from dslt.errors import InputError
+
+
+def add(commands) -> None:
+    command = add_command(commands, "evaluate", evaluate, "judge checkpoints, or predictions again")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run_dir", help="judges its checkpoints that were not judged yet")
+    source.add_argument("--predictions", help="a predictions.jsonl to score again, without a model")
+    command.add_argument("--follow", action="store_true", help="until training has ended")
+    command.add_argument(
+        "--step", type=int, action="append", help="this checkpoint, again if need be; repeatable"
+    )
+    add_gin_flag(command)
+    add_process_flags(command)
+
+
+def evaluate(args) -> None:
+    """Prints a line a checkpoint and which is the best on validation."""
+    start_processes(args)
+    from dslt import evaluate as judge
+
+    if args.predictions:
+        print(judge.describe(judge.rescore(Path(args.predictions))))
+        return
+    from dslt import config, distributed
+    from dslt.data.pipeline import count_splits, eval_inputs
+    from dslt.data.vocabulary import load_vocabulary
+    from dslt.workdir import RunDir
+
+    run = RunDir(Path(args.run_dir))
+    with distributed.main_first():
+        if args.follow:
+            judge.wait_for_start(run)
+    if not run.config.exists():
+        raise InputError(f"{run.path}: has no config.gin; expected a directory of `dslt train`")
+    configs = config.parse([str(run.config)], args.gin)
+    vocabulary = load_vocabulary(run.vocabulary)
+    counts = count_splits(configs.data)
+    splits = [split for split in configs.evaluate.splits if counts[split]]
+    for split in configs.evaluate.splits:
+        if split not in splits:
+            print(f"warning: no example is in split {split!r}")
+    examples = [
+        example
+        for split in splits or configs.evaluate.splits
+        for example in eval_inputs(configs.data, split, vocabulary)
+    ]
+    truncated = sum(example.is_truncated for example in examples)
+    if truncated:
+        print(f"warning: {truncated} of {len(examples)} inputs are cut to max_input_length")
+    distributed.check_same("the number of inputs", len(examples))
+    answer_sets = None
+    if configs.evaluate.answers != "open":
+        answer_sets = make_answer_sets(
+            [(f"example {e.example.id!r}", e.example.input) for e in examples],
+            configs.evaluate,
+            vocabulary,
+        )
+    rows = judge.evaluate_run(
+        run,
+        configs.evaluate,
+        configs.mesh,
+        examples=examples,
+        decode_text=vocabulary.decode,
+        rationale_start_id=configs.data.rationale_start_id,
+        answer_sets=answer_sets,
+        follow=args.follow,
+        steps=args.step,
+    )
+    best = judge.best_row(rows)
+    if best is None:
+        print("No validation split: no best checkpoint was chosen.")
+    else:
+        print(f"best on validation: {judge.describe(best)}")
+        print(f"predictions: {run.evaluation(best['step']) / 'predictions.jsonl'}")
+
+
+def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> list:
+    """What each input may be answered with: the config's labels, or the choices that it lists.
+
+    Of texts that are the same tokens to the student, the first stands for all.
+
+    Args:
+      inputs: how an error calls each, and its text.
+
+    Raises:
+      InputError: an input has no answers to choose from, or an answer is too long.
+    """
+    from dslt.core.batch import EOS_ID
+    from dslt.evaluate import AnswerSet
+    from dslt.teacher.parse import choices_in
+
+    sets: dict[tuple[str, ...], AnswerSet] = {}
+    chosen = []
+    for name, text in inputs:
+        texts = tuple(dict.fromkeys(config.labels or choices_in(text)))
+        if not texts:
+            raise InputError(
+                f"{name}: answers is {config.answers!r}, but its text lists no `Answer Choices:`; "
+                "give the labels to choose from, or let answers be 'open'"
+            )
+        if texts not in sets:
+            text_of: dict[tuple[int, ...], str] = {}
+            for answer in texts:
+                ids = (*vocabulary.encode(answer), EOS_ID)
+                text_of.setdefault(ids, answer)
+                if len(ids) > config.max_label_length:
+                    raise InputError(
+                        f"{name}: the answer {answer!r} has {len(ids)} tokens; expected at most "
+                        f"max_label_length = {config.max_label_length}"
+                    )
+            sets[texts] = AnswerSet(tuple(text_of.values()), tuple(text_of))
+        chosen.append(sets[texts])
+    return chosen

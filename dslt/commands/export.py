@@ -1,0 +1,34 @@
+"""`dslt export`: a student in the form of Hugging Face."""
+
+from pathlib import Path
+
+from dslt.commands.arguments import add_command, add_student_flag
+from dslt.commands.students import student_files
+
+
+def add(commands) -> None:
+    command = add_command(commands, "export", export, "write a Hugging Face T5 directory")
+    add_student_flag(command)
+    command.add_argument("--output_dir", required=True, help="made; must not exist or be empty")
+
+
+def export(args) -> None:
+    """Writes safetensors, config, tokenizer and student.json."""
+    import jax
+
+    from dslt.checkpoint import hf_t5, student
+    from dslt.core import sharding
+
+    path, output = Path(args.student), Path(args.output_dir)
+    format, vocabulary = student_files(path)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    model_config, _, params = student.load(path, mesh)
+    hf_t5.save(
+        output,
+        model_config,
+        jax.device_get(params),
+        vocabulary,
+        max_target_tokens=format.max_target_length,
+    )
+    format.write(output / "student.json")
+    print(f"exported {path} to {output}: a Hugging Face T5 directory")

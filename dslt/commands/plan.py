@@ -1,0 +1,117 @@
+"""`dslt plan`: a run on hardware that is not there."""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+from dslt.commands.arguments import add_command, add_gin_flag, positive
+
+
+def add(commands) -> None:
+    command = add_command(
+        commands, "plan", plan, "compile a run for hardware that is not there: does it fit?"
+    )
+    command.add_argument("gin_files", nargs="+", help="as for train")
+    add_gin_flag(command)
+    command.add_argument(
+        "--topology",
+        required=True,
+        help="v5e:4x8, v5litepod-32, v4-32, v5p:2x2x1, v6e-8; h100:8 (an estimate); cpu:8",
+    )
+    command.add_argument(
+        "--quick",
+        action="store_true",
+        help="compile with little effort: a tenth of the time, memory within 13 percent",
+    )
+    command.add_argument(
+        "--search", action="store_true", help="find the largest batch and the smallest slice"
+    )
+    command.add_argument(
+        "--hbm_gib", type=float, help="memory of a chip, in place of what is known"
+    )
+    shape = command.add_argument_group("batch, where the records are not at hand")
+    shape.add_argument("--rows", type=positive, help="of a step")
+    shape.add_argument("--source_length", type=positive, help="tokens of a row's sources")
+    shape.add_argument("--target_length", type=positive, help="tokens of a row's targets")
+    shape.add_argument(
+        "--fill", type=float, default=1.0, help="share of the cells that hold tokens"
+    )
+
+
+def plan(args) -> None:
+    """Prints what the run needs and sends, and what to change where it does not fit."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run, and no accelerator is to be waited for
+    # Programs for devices that are not there can be written to the cache and not be read back.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    from dslt import config
+    from dslt import plan as planning
+    from dslt.core.topology import GIB, cloud_name, parse_topology
+
+    topology = parse_topology(args.topology)
+    configs = config.parse(args.gin_files, args.gin)
+    run = planning.Run(
+        train=configs.train,
+        model=configs.model,
+        optimizer=configs.optimizer,
+        mesh=configs.mesh,
+        evaluate=configs.evaluate,
+        max_input_length=configs.data.max_input_length,
+        shape=batch_shape(args, configs),
+    )
+    hbm_bytes = int(args.hbm_gib * GIB) if args.hbm_gib else None
+    found = planning.plan_training(run, topology, args.quick, hbm_bytes)
+    print("\n".join(planning.report_training(found)), flush=True)
+    decoding = planning.plan_decoding(run, topology, args.quick, hbm_bytes)
+    print("\n".join(planning.report_decoding(decoding)), flush=True)
+    if not found.memory.fits():
+        print("\nwhat would help, compiled with little effort:", flush=True)
+        for trial in planning.suggest(found, hbm_bytes):
+            print(planning.report_trial(trial), flush=True)
+    if args.search:
+        say = functools.partial(print, flush=True)
+        print(f"\nlargest batch on {topology}, compiled with little effort:")
+        best = planning.largest_batch(run, topology, hbm_bytes, say)
+        print(f"  largest found: {best.run.shape.examples} examples" if best else "  none fits")
+        if topology.is_tpu:
+            print(f"\nsmallest {topology.version} slice for this batch:")
+            best = planning.smallest_slice(run, topology, hbm_bytes, say)
+            name = best and f"{best.topology} ({cloud_name(best.topology)})"
+            print(f"  smallest: {name}" if best else "  none fits")
+
+
+def batch_shape(args, configs):
+    """The batches' shape: from flags, from the records, or assumed."""
+    from dslt.plan import BatchShape
+
+    data = configs.data
+    roles = 2 if configs.train.rationale_weight > 0 else 1
+    examples = data.batch_examples
+    given = [args.rows, args.source_length, args.target_length]
+    has_records = bool(data.records) and all(Path(path).is_file() for path in data.records)
+    if any(given) or not has_records:
+        origin = "as given" if all(given) else "no packing, each segment as long as allowed"
+        if any(given) and not all(given):
+            origin = "partly given, else " + origin
+        return BatchShape(
+            rows=args.rows or examples * roles,
+            source_length=args.source_length or data.source_length or data.max_input_length,
+            target_length=args.target_length or data.target_length or data.max_target_length,
+            examples=examples,
+            fill=args.fill,
+            origin=origin,
+        )
+
+    from dslt.data.pipeline import TrainStream, make_vocabulary
+
+    with tempfile.TemporaryDirectory() as directory:
+        vocabulary = make_vocabulary(data, Path(directory) / "vocabulary")
+        stream = TrainStream(data, vocabulary, seed=configs.train.seed, use_rationales=roles == 2)
+        fill = stream.fill()
+    found = stream.row_shape
+    share = (fill.source * found.source_length + fill.target * found.target_length) / (
+        found.source_length + found.target_length
+    )
+    return BatchShape(
+        found.rows, found.source_length, found.target_length, examples, share, "from the records"
+    )

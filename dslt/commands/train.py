@@ -1,0 +1,150 @@
+"""`dslt train`: a run, from nothing or from where it stopped."""
+
+from pathlib import Path
+
+from dslt.commands.arguments import add_command, add_gin_flag
+from dslt.commands.processes import INTERRUPTED, add_process_flags, start_processes
+from dslt.errors import InputError
+
+
+def add(commands) -> None:
+    command = add_command(commands, "train", train, "train a student, or go on with its training")
+    command.add_argument("gin_files", nargs="+", help="later files override earlier ones")
+    command.add_argument("--run_dir", required=True, help="made, or resumed if it is this run's")
+    add_gin_flag(command)
+    add_process_flags(command)
+
+
+def train(args) -> int:
+    """Checks the configs, opens the data, says what will happen, and trains."""
+    start_processes(args)
+    from dslt import config, distributed
+    from dslt.train import train as run_training
+    from dslt.workdir import RunDir
+
+    configs = config.parse(args.gin_files, args.gin)
+    run = RunDir(Path(args.run_dir))
+    with distributed.main_first():
+        config.check_run(run, configs)
+        stream, vocabulary = open_train_stream(run, configs)
+        if distributed.is_main():
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.config.write_text(configs.text, encoding="utf-8")
+    distributed.check_same("the config", configs.text)
+    distributed.check_same("the digest of the records", list(stream.records_digests.values()))
+    describe_run(run, configs, stream, vocabulary)
+    state = run_training(
+        configs.train,
+        configs.model,
+        configs.optimizer,
+        configs.mesh,
+        stream=stream,
+        run=run,
+    )
+    if stream.left_out:
+        print(f"warning: {stream.left_out} examples found no room in an epoch and were left out")
+    return 0 if int(state.step) >= configs.train.num_steps else INTERRUPTED
+
+
+def open_train_stream(run, configs) -> tuple:
+    """The batches of a run and its vocabulary, which is copied into the run's directory."""
+    from dslt import distributed
+    from dslt.data.pipeline import TrainStream, make_vocabulary
+    from dslt.data.vocabulary import load_vocabulary
+
+    if not distributed.is_main() and not run.vocabulary.is_dir():
+        raise InputError(
+            f"{run.vocabulary}: process 0 has written it, but it is not seen here; expected "
+            "--run_dir on a file system that all processes share"
+        )
+    if run.has_checkpoints() or not distributed.is_main():
+        vocabulary = load_vocabulary(run.vocabulary)
+    else:
+        vocabulary = make_vocabulary(configs.data, run.vocabulary)
+    if vocabulary.size > configs.model.vocab_size:
+        raise InputError(
+            f"the vocabulary {configs.data.vocabulary!r} has {vocabulary.size:,} ids, but "
+            f"t5.T5Config.vocab_size is {configs.model.vocab_size:,}; expected at least as many"
+        )
+    stream = TrainStream(
+        configs.data,
+        vocabulary,
+        seed=configs.train.seed,
+        use_rationales=configs.train.rationale_weight > 0,
+    )
+    if run.has_checkpoints():
+        check_same_data(run, stream, vocabulary)
+    return stream, vocabulary
+
+
+def check_same_data(run, stream, vocabulary) -> None:
+    """Raises InputError where a run would resume on other records or another vocabulary."""
+    from dslt.workdir import read_json
+
+    found = read_json(run.info)
+    expected = {"vocabulary_digest": vocabulary.digest, "records": stream.records_digests}
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"{run.info}: {name} is {found.get(name)}, but now it is {value}; the data changed "
+                "since this run began. Restore it, or choose another --run_dir"
+            )
+
+
+def describe_run(run, configs, stream, vocabulary) -> None:
+    """Prints devices, model, data and one example of each role; records what the run depends on."""
+    import jax
+
+    from dslt import distributed, workdir
+    from dslt.core import t5
+
+    if not distributed.is_main():
+        return
+    devices = jax.devices()
+    num_params = t5.count_params(t5.abstract_params(configs.model)[1])
+    print(configs.text)
+    print(f"devices     {len(devices)} x {devices[0].device_kind}, jax {jax.__version__}")
+    print(f"model       {num_params:,} parameters, {configs.model.dtype} activations")
+    for line in stream.report():
+        print(f"data        {line}")
+    for role, source, target in first_of_each_role(stream.batch(0)):
+        print(f"{role:<11} {vocabulary.decode(source)!r} -> {vocabulary.decode(target)!r}")
+    data = configs.data
+    workdir.StudentFormat(
+        input_prefix_label=data.input_prefix_label,
+        input_prefix_rationale=data.input_prefix_rationale,
+        max_input_length=data.max_input_length,
+        max_target_length=data.max_target_length,
+        rationale_start_id=data.rationale_start_id,
+    ).write(run.student)
+    run.update_info(
+        state="running",
+        seed=configs.train.seed,
+        rationale_weight=configs.train.rationale_weight,
+        num_params=num_params,
+        devices=f"{len(devices)} x {devices[0].device_kind}",
+        vocabulary_digest=vocabulary.digest,
+        records=stream.records_digests,
+        **workdir.environment(),
+    )
+
+
+def first_of_each_role(batch) -> list[tuple[str, list[int], list[int]]]:
+    """The name, source and target tokens of a batch's first segment of each role it has."""
+    import numpy as np
+
+    from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE
+
+    found = []
+    for name, role in (("label", ROLE_LABEL), ("rationale", ROLE_RATIONALE)):
+        places = np.argwhere(batch.decoder_loss_roles == role)
+        if len(places):
+            row, column = places[0]
+            segment = batch.decoder_segment_ids[row, column]
+            source = batch.encoder_input_tokens[row][batch.encoder_segment_ids[row] == segment]
+            is_target = (batch.decoder_segment_ids[row] == segment) & (
+                batch.decoder_loss_roles[row] == role
+            )
+            target = batch.decoder_target_tokens[row][is_target]
+            found.append((name, source.tolist(), target.tolist()))
+    return found
