@@ -23,9 +23,11 @@ import pytest
 from dslt import config, distributed
 from dslt.checkpoint import student
 from dslt.checkpoint.manager import finished_steps
+from dslt.commands.processes import INTERRUPTED, start_processes
+from dslt.commands.train import open_train_stream
 from dslt.core.sharding import MeshConfig, make_mesh
 from dslt.errors import InputError
-from dslt.main import INTERRUPTED, build_parser, main, open_train_stream, start_processes
+from dslt.main import build_parser, main
 from dslt.records import read_examples, read_predictions
 from dslt.workdir import RunDir, read_json_rows
 
