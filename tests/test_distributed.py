@@ -36,9 +36,9 @@ NUM_STEPS = 6
 STOP_STEP = 3
 SMALL = (
     "t5.T5Config.d_model = 16",
-    "t5.T5Config.d_kv = 8",
+    "t5.T5Config.d_kv = 4",
     "t5.T5Config.d_ff = 32",
-    "t5.T5Config.num_heads = 2",
+    "t5.T5Config.num_heads = 4",
     "t5.T5Config.num_layers = 1",
     "t5.T5Config.num_decoder_layers = 1",
     "t5.T5Config.dropout_rate = 0.2",
@@ -51,7 +51,8 @@ SMALL = (
     "evaluate.EvalConfig.max_label_length = 8",
     "evaluate.EvalConfig.max_rationale_length = 8",
 )
-FSDP = ("sharding.MeshConfig.data = 1", "sharding.MeshConfig.fsdp = -1")
+FSDP = "sharding.MeshConfig.fsdp = 2"
+TENSOR = "sharding.MeshConfig.tensor = 4"
 # How the test evaluates after a step: so that an answer depends on its input and on its number.
 HOW = {
     STOP_STEP: (
@@ -66,7 +67,8 @@ HOW = {
     ),
 }
 # argv: a file of command lines, each perhaps with a signal that this process gets, and the step
-# after which it comes (before all: a fault instead); where the first batch of each training goes.
+# after which it comes (0: a fault of the program instead, before the first step); where the first
+# batch of each training goes.
 WORKER = """
 import json, os, signal, sys
 sys.modules["torch"] = None  # tensorboardX would import it: two seconds
@@ -218,16 +220,15 @@ def one(base, records):
 
 @pytest.fixture(scope="module")
 def two(base, records, one):
-    """Two processes of one device: `run` stops at a SIGTERM to process 1, and is evaluated; of the
+    """Two processes of one device: `run` stops at a SIGTERM to process 1, and is evaluated; in the
     last run process 1 is killed.
     """
     commands = [
-        train_args(records, base / "run", *FSDP),
+        train_args(records, base / "run", FSDP),
         ["evaluate", "--run_dir", str(base / "run"), *gin_args(HOW[STOP_STEP])],
-        train_args(records, base / "tensor2", "sharding.MeshConfig.tensor = 2"),
-        train_args(records, base / "killed", *FSDP),
+        train_args(records, base / "killed", FSDP),
     ]
-    events = {(1, 0): ("SIGTERM", STOP_STEP - 1), (1, 3): ("SIGKILL", STOP_STEP)}
+    events = {(1, 0): ("SIGTERM", STOP_STEP - 1), (1, 2): ("SIGKILL", STOP_STEP)}
     processes = run_processes(base / "2x1", commands, 2, 1, events)
     shutil.copytree(base / "run", base / "stopped")
     return processes
@@ -236,10 +237,9 @@ def two(base, records, one):
 @pytest.fixture(scope="module")
 def two_of_two(base, records, one):
     """Two processes of two devices, of which process 1 fails before the second run."""
-    mesh = "sharding.MeshConfig.fsdp = 2"
     commands = [
-        train_args(records, base / "data2_fsdp2", mesh),
-        train_args(records, base / "failed", mesh),
+        train_args(records, base / "tensor4", TENSOR),
+        train_args(records, base / "failed", TENSOR),
     ]
     return run_processes(base / "2x2", commands, 2, 2, {(1, 1): ("", 0)}, by_flags=True)
 
@@ -248,7 +248,7 @@ def two_of_two(base, records, one):
 def four(base, records, two):
     """Four processes go on with the run of two, and evaluate its end."""
     commands = [
-        train_args(records, base / "run", *FSDP),
+        train_args(records, base / "run", FSDP),
         ["evaluate", "--run_dir", str(base / "run"), *gin_args(HOW[NUM_STEPS])],
     ]
     return run_processes(base / "4x1", commands, 4, 1)
@@ -290,22 +290,16 @@ def test_devices_may_lag_behind_an_agreement_to_stop(monkeypatch):
     assert answers == [False, False, False, False, True, False, False]
 
 
-def test_tensor_parallel_processes_train_as_one_does(base, one, two):
-    assert [statuses(process) for process in two] == [[INTERRUPTED, 0, 0]] * 2
-    check_same_training(RunDir(base / "tensor2"), one)
-
-
-def test_processes_of_several_devices_train_as_one_does(base, one, two_of_two):
-    assert [statuses(process)[:1] for process in two_of_two] == [[0]] * 2
-    check_same_training(RunDir(base / "data2_fsdp2"), one)
+def test_tensor_parallel_processes_train_as_one_does(base, one, two_of_two):
+    assert [statuses(process) for process in two_of_two] == [[0]] * 2
+    check_same_training(RunDir(base / "tensor4"), one)
 
 
 @pytest.mark.parametrize(
     ("group", "number", "step", "num_rows"),
     [
         ("two", 0, 0, [4, 4]),
-        ("two", 2, 0, [8, 8]),  # tensor: both see all rows
-        ("two_of_two", 0, 0, [4, 4]),
+        ("two_of_two", 0, 0, [8, 8]),  # both hold all rows where tensor crosses them
         ("four", 0, STOP_STEP, [2, 2, 2, 2]),
     ],
 )
@@ -325,6 +319,7 @@ def test_the_rows_of_the_processes_are_those_of_one(
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(base, two):
+    assert [statuses(process) for process in two] == [[INTERRUPTED, 0]] * 2
     stopped = RunDir(base / "stopped")
     assert stopped.state() == "stopped"
     assert [row["step"] for row in read_json_rows(stopped.metrics)] == [1, 2, STOP_STEP]
@@ -333,7 +328,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(base, two):
 
 
 def test_a_stopped_run_ends_on_other_processes_as_an_undisturbed_one(base, one, four):
-    """Its parameters are split over two processes, and then over four."""
+    """Over two processes fsdp splits rows and parameters; over four data splits the rows too."""
     assert [statuses(process) for process in four] == [[0, 0]] * 4
     assert f"Resuming {base / 'run' / 'checkpoints'} after step {STOP_STEP}" in four[0].out
     run = RunDir(base / "run")

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from dslt.checkpoint.manager import CheckpointManager
+from dslt.commands.evaluate import make_answer_sets
 from dslt.data.vocabulary import load_vocabulary
 from dslt.evaluate import EvalConfig
-from dslt.main import INTERRUPTED, main, make_answer_sets
+from dslt.main import INTERRUPTED, main
 from dslt.records import read_examples, read_predictions
 from dslt.workdir import RunDir, read_json, read_json_rows
 

@@ -394,6 +394,25 @@ def test_a_process_gives_its_devices_their_rows_wherever_they_lie(monkeypatch):
     np.testing.assert_array_equal(rows_of((slice(17, 18), slice(None))), part[3:])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((16, 1, 1), (4, 1, 1)),
+        ((1, 8, 2), (1, 2, 2)),
+        ((2, 1, 8), (1, 1, 4)),
+        ((2, 3, 4), (1, 1, 4)),
+    ],
+)
+def test_a_process_splits_parameters_over_its_own_devices_as_far_as_they_go(sizes, expected):
+    own = jax.devices()[4:]
+    shape = dict(zip(sharding.AXES, sizes, strict=True))
+    mesh = sharding.local_mesh(SimpleNamespace(shape=shape, size=24, local_devices=own))
+    assert tuple(mesh.shape.values()) == expected
+    assert mesh.devices.flatten().tolist() == own
+    alone = mesh_of(MESHES["data2_fsdp2_tensor2"])
+    assert sharding.local_mesh(alone) is alone
+
+
 def fake_devices(num_slices: int, per_slice: int) -> list[SimpleNamespace]:
     """CPU devices, dealt to slices in turn: their order alone does not group them."""
     return [
