@@ -89,12 +89,9 @@ def advance(
     are_finished = jnp.concatenate([beams.is_finished, may_finish], axis=1)
     is_finished = jnp.take_along_axis(are_finished, best, axis=1)
 
-    # Can a running beam still beat the worst of the finished ones, were it to end now?
-    best_running = running_scores[:, :1] / penalty
-    worst = jnp.where(is_finished, finished_scores.min(1, keepdims=True), NEVER)
-    is_over = ~(best_running > worst).any(1)
-    if early_stopping:
-        is_over |= is_finished.all(1)
+    # Could the best running beam, were it to end now, still beat the worst of the finished ones?
+    can_improve = running_scores[:, 0] / penalty[:, 0] > finished_scores.min(1)
+    is_over = is_finished.all(1) & (early_stopping | ~can_improve)
     return Chosen(
         beams=Beams(
             running_scores,

@@ -39,7 +39,7 @@ class ContinuousDecoder:
     """Keeps the compiled programs of one model on one mesh."""
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, rows: int):
-        """Raises nothing; `rows` decode at a time, rounded up to what the mesh divides."""
+        """`rows` decode at a time, rounded up to what the mesh divides."""
         self.mesh = mesh
         self.multiple = sharding.row_multiple(mesh)
         self.rows = _round_up(rows, self.multiple)
@@ -125,7 +125,10 @@ class ContinuousDecoder:
             on_scored(len(chosen))
         return scores
 
-    def _decode(self, params, inputs, config, max_length, answers, start_id, numbers, on_decoded):
+    def _decode(
+        self, params, inputs, config, max_length, answers, start_id, numbers, on_decoded
+    ) -> list[list[int]]:
+        """`__call__`, inside the mesh."""
         numbers = range(len(inputs)) if numbers is None else numbers
         outputs: list[list[int]] = [[] for _ in inputs]
         # Shortest first: then the slots' sources grow in length, and never shrink.

@@ -307,15 +307,15 @@ def widen_sources(slots: Slots, source_length: int) -> Slots:
 
 def _forward(model: t5.T5, layers: list[dict], slots: Slots) -> tuple[Slots, jax.Array]:
     """One step of the model: logits [B, M, V], and the slots with a column of the cache written."""
-    beams, cache_length = slots.can_see.shape[1:3]
-    own = jnp.eye(beams, dtype=bool)[None, :, None]
-    is_own = jnp.broadcast_to(own, (slots.can_see.shape[0], beams, 1, beams))
+    rows, beams, cache_length, _ = slots.can_see.shape
+    is_own = jnp.eye(beams, dtype=bool)[None, :, None]
+    is_own = jnp.broadcast_to(is_own, (rows, beams, 1, beams))
     can_see = jax.lax.dynamic_update_slice_in_dim(
         slots.can_see, is_own, slots.step % cache_length, axis=2
     )
     cache = [
-        LayerCache(*own, *cross)
-        for own, cross in zip(slots.self_cache, slots.sources.cross, strict=True)
+        LayerCache(*past, *cross)
+        for past, cross in zip(slots.self_cache, slots.sources.cross, strict=True)
     ]
     logits, cache = model.decode_step(
         slots.newest, layers, cache, slots.sources.mask, slots.step, can_see
@@ -354,17 +354,15 @@ def _advance_beams(slots: Slots, logits: jax.Array, config: DecodeConfig) -> Slo
         length_penalty=config.length_penalty,
         early_stopping=config.early_stopping,
     )
-    keep = slots.is_live
 
     def where_live(new, old):
-        return jnp.where(keep.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        return jnp.where(slots.is_live.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     lengths = slots.lengths + slots.is_live
-    can_see = jnp.take_along_axis(slots.can_see, chosen.parents[:, :, None, None], axis=1)
     return slots._replace(
         newest=chosen.newest,
         tokens=where_live(chosen.tokens, slots.tokens),
-        can_see=can_see,
+        can_see=jnp.take_along_axis(slots.can_see, chosen.parents[:, :, None, None], axis=1),
         lengths=lengths,
         beams=jax.tree.map(where_live, chosen.beams, slots.beams),
         is_live=slots.is_live & ~chosen.is_over & (lengths < slots.tokens.shape[2]),
