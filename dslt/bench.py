@@ -1,7 +1,8 @@
 """Measures a run's speed on the devices at hand: input, train step, decoding, and a reference.
 
 Imports core, checkpoint, train and records; it is handed batches and never sees SeqIO. Nothing is
-written to a run's directory, and the parameters are fresh ones.
+written to a run's directory. The parameters are those that a new run would start from: fresh ones,
+or those in `init_from`, whose answers end where a trained student's do.
 
     dslt bench settings/scratch.gin --gin "…records = ('runs/svamp/records/records.jsonl',)"
     dslt bench settings/scratch.gin --against hf
@@ -30,7 +31,7 @@ from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
 from dslt.records import EvalInput
-from dslt.train import TrainConfig, compile_step, put_batch, scratch_state
+from dslt.train import TrainConfig, compile_step, new_state, put_batch
 
 PROFILED_STEPS = 3
 MATMUL_SIZE = 2048  # of the products that measure a peak where no data sheet is known
@@ -71,7 +72,7 @@ class StepBench:
         self.mesh = sharding.make_mesh(mesh_config)
         self.model_config = model_config
         optimizer = make_optimizer(optimizer_config, config.num_steps)
-        self.graphdef, self._state = scratch_state(config, model_config, optimizer, self.mesh)
+        self.graphdef, self._state = new_state(config, model_config, optimizer, self.mesh)
         self._multiple = sharding.row_multiple(self.mesh, config.accumulation_steps)
         step = compile_step(
             config, optimizer_config, optimizer, self.graphdef, self._state, self.mesh

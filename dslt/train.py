@@ -176,14 +176,7 @@ def initial_state(config, model_config, optimizer, mesh, manager) -> tuple:
         newest = steps[-1]
         print(f"Resuming {manager.directory} after step {newest}.")
         return graphdef, manager.restore(newest, abstract)
-    if not config.init_from:
-        print(f"Starting from scratch with seed {config.seed}.")
-        return scratch_state(config, model_config, optimizer, mesh)
-    print(f"Starting from the parameters in {config.init_from}.")
-    params = read_params(Path(config.init_from), model_config, abstract.params)
-    shardings = sharding.state_shardings(mesh, abstract)
-    make_state = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=shardings)
-    return graphdef, make_state(params)
+    return new_state(config, model_config, optimizer, mesh)
 
 
 def abstract_state(model_config: T5Config, optimizer, mesh) -> tuple:
@@ -193,15 +186,21 @@ def abstract_state(model_config: T5Config, optimizer, mesh) -> tuple:
     return graphdef, sharding.with_shardings(mesh, abstract)
 
 
-def scratch_state(config: TrainConfig, model_config: T5Config, optimizer, mesh) -> tuple:
-    """The graph definition and a fresh state, by `config.seed`, placed on the mesh."""
+def new_state(config: TrainConfig, model_config: T5Config, optimizer, mesh) -> tuple:
+    """As `initial_state`, of a run that has no checkpoints: 2, 3 or 4."""
     graphdef, abstract = abstract_state(model_config, optimizer, mesh)
     shardings = sharding.state_shardings(mesh, abstract)
-    initialise = jax.jit(
-        lambda: t5.init_params(model_config, config.seed)[1], out_shardings=shardings.params
-    )
+    if config.init_from:
+        print(f"Starting from the parameters in {config.init_from}.")
+        params = read_params(Path(config.init_from), model_config, abstract.params)
+    else:
+        print(f"Starting from scratch with seed {config.seed}.")
+        initialise = jax.jit(
+            lambda: t5.init_params(model_config, config.seed)[1], out_shardings=shardings.params
+        )
+        params = initialise()
     make_state = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=shardings)
-    return graphdef, make_state(initialise())
+    return graphdef, make_state(params)
 
 
 def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, state, mesh):

@@ -443,3 +443,24 @@ def test_a_built_cache_trains_and_evaluates_without_tensorflow(run, records, tmp
     )
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, stdout=subprocess.PIPE)
+
+
+def test_huge_pages_are_asked_for_once_and_only_where_nothing_is_said(monkeypatch):
+    class StartedAgain(Exception):
+        pass
+
+    def execv(program, arguments):
+        assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+        raise StartedAgain(program, arguments)
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "argv", ["dslt", "predict", "--student", "none"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "dslt.main", "predict"])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    with pytest.raises(StartedAgain) as found:
+        main()
+    assert found.value.args == (sys.executable, [sys.executable, "-m", "dslt.main", "predict"])
+    assert main() == 2  # as the program that was started again: no third one
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    assert main(["predict", "--student", "none"]) == 2  # called, not started from a shell
