@@ -51,7 +51,7 @@ def test_several_weighted_rationales_survive_and_older_rows_stay_as_they_were(tm
     assert list(read_examples(path)) == [EXAMPLE, first, several]
     assert several.rationales() == (Rationale("why", 0.25, "t"), *more)
     assert EXAMPLE.rationales() == ()
-    older, weighted, _ = (json.loads(line) for line in path.read_text("utf-8").splitlines())
+    older, weighted, _ = (json.loads(line) for line in path.read_text("utf-8").split("\n")[:3])
     assert set(weighted) - set(older) == {"rationale_weight"}
 
 
