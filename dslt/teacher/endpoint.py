@@ -296,7 +296,7 @@ class _Asker:
                     "answered before is stored. Start the same command again then"
                 )
             return _Retry(str(status), after)
-        if status == 401 or (status in (403, 404) and not self._stats.answered):
+        if status == 401 or (status in (403, 404) and not self._store.answers):
             return InputError(
                 f"the endpoint refuses with status {status}: {message}; check the key's variable, "
                 "--base_url and --model"
