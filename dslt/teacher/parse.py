@@ -55,7 +55,7 @@ _BOLD = re.compile(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])")
 _CHOICE_LINE = re.compile(r"^\(([a-z])\) (.*)$", re.MULTILINE)
 _CHOICES_HEADING = "Answer Choices:"
 _LETTER = re.compile(r"\(([a-z])\)|\b([a-z])\)|^([a-z])(?=[.:]|$)")
-_SENTENCE_END = (".", "!", "?", ")", '"')
+_SENTENCE_END = (".", "!", "?", ")", '"', "}")
 _QUOTES = " \t*_\"'“”:"
 _UNIT = re.compile(r"[A-Za-z][A-Za-z' -]+")
 
@@ -162,7 +162,9 @@ def parse_completion(
         return Parsed(None, None, CONTENT_FILTER)
     visible, thought = split_thought(completion)
     text, is_cut = cut_at_next_exemplar(visible)
-    is_whole = finish_reason != "length" and (is_cut or text.endswith(_SENTENCE_END) or not text)
+    is_whole = finish_reason == "stop" or (
+        finish_reason != "length" and (is_cut or text.endswith(_SENTENCE_END) or not text)
+    )
     rationale, found, reason = _read_json(text, form, choices) or _read_marks(text, form, choices)
     if reason in (NO_ANSWER, NO_CHOICE, NO_EQUATION) and not is_whole:
         reason = TRUNCATED
