@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,9 +100,11 @@ class FaultServer:
 
 
 def _response(path: str, body: dict, prompt: str, fault: str | None) -> dict:
-    """What a teacher says: a made-up reason and a label that its prompt decides."""
+    """What a teacher says: a made-up reason, and a label that its prompt decides or hints at."""
     said = hashlib.sha256(prompt.encode()).digest()
     label = ("entailment", "neutral", "contradiction")[said[0] % 3]
+    hint = re.search(r"Hint: the answer is (\w+)", prompt)
+    label = hint[1] if hint else label
     text = f"Reason {said.hex()[:8]} decides it. So the answer is {label}."
     choice = {"index": 0, "finish_reason": "stop"}
     if path.endswith("/chat/completions"):
