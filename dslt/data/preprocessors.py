@@ -54,12 +54,13 @@ def text_dataset(
 
 
 def task_preprocessors(task: str, settings: TaskSettings) -> list[Callable]:
-    """Prefix, tokens, and an EOS that outlives truncation."""
+    """Prefix, tokens, and an EOS that outlives truncation; SeqIO can cache the tokens."""
     is_label = task == LABEL_TASK
     prefix = settings.input_prefix_label if is_label else settings.input_prefix_rationale
     return [
         functools.partial(add_prefix, prefix=prefix),
         seqio.preprocessors.tokenize,
+        seqio.CacheDatasetPlaceholder(),  # SeqIO's own caching job writes what comes to here
         seqio.preprocessors.append_eos_after_trim,
     ]
 

@@ -12,7 +12,7 @@ from dslt.main import main
 from dslt.records import read_examples
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "teacher"))
-from fault_server import serving  # noqa: E402
+from fault_server import serving
 
 pytest.importorskip("openai", reason="the openai library is not installed (extra `teacher`)")
 
