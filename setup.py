@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["dslt", "dslt.*"]), "dslt.gin"],
     package_dir={"dslt.gin": "gin"},  # the configs travel inside the wheel
-    package_data={"dslt.gin": ["**/*.gin"]},
+    package_data={"dslt": ["prompts/*.toml"], "dslt.gin": ["**/*.gin"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -35,7 +35,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
-        "test": ["pytest>=8", "ruff>=0.14"],
+        "teacher": ["openai>=3.54.0"],  # to ask an endpoint; nothing else needs it
+        "test": ["pytest>=8", "ruff>=0.14", "openai>=3.54.0"],
+        "server": ["transformers[serving]>=5.23.0"],  # the tests ask a model that it serves
         "parity": ["torch==2.13.0"],  # the tests compare the model with PyTorch's
     },
     entry_points={"console_scripts": ["dslt = dslt.main:main"]},

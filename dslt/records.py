@@ -26,6 +26,29 @@ MAX_PROBLEMS = 20
 
 
 @dataclasses.dataclass(frozen=True)
+class Rationale:
+    """One explanation of an example.
+
+    Attributes:
+      text: the explanation without its answer.
+      weight: of its tokens in the rationale loss, above 0.
+      teacher, prompt: as in Example.
+      is_hinted: whether the teacher was given the answer.
+    """
+
+    text: str
+    weight: float = 1.0
+    teacher: str | None = None
+    prompt: str | None = None
+    is_hinted: bool = False
+
+    def __post_init__(self):
+        if not self.text.strip():
+            raise ValueError("field 'text' is empty; expected an explanation")
+        _require_weight(self, "weight")
+
+
+@dataclasses.dataclass(frozen=True)
 class Example:
     """One problem with what is known about its answer: a row of `records.jsonl`.
 
@@ -41,6 +64,8 @@ class Example:
       teacher: who explained (`scripted`, `released`, a model's name), or None.
       prompt: which prompt the teacher was given (a name or a hash), or None.
       answer_form: how answers compare: `text` by normalised match, `equation` by value.
+      rationale_weight, is_hinted: of `rationale`, as in Rationale.
+      more_rationales: further explanations of this example.
     """
 
     id: str
@@ -53,6 +78,9 @@ class Example:
     teacher: str | None = None
     prompt: str | None = None
     answer_form: str = "text"
+    rationale_weight: float = 1.0
+    is_hinted: bool = False
+    more_rationales: tuple[Rationale, ...] = ()
 
     def __post_init__(self):
         _require_member(self, "split", SPLITS)
@@ -64,6 +92,18 @@ class Example:
                 f"field 'dataset' is {self.dataset!r}; expected letters, digits and underscores, "
                 "because SeqIO tasks are named after it"
             )
+        _require_weight(self, "rationale_weight")
+        if self.more_rationales and self.rationale is None:
+            raise ValueError("field 'more_rationales' is set without 'rationale', the first one")
+
+    def rationales(self) -> tuple[Rationale, ...]:
+        """All explanations, `rationale` first; () where there is none that says something."""
+        if self.rationale is None or not self.rationale.strip():
+            return ()
+        first = Rationale(
+            self.rationale, self.rationale_weight, self.teacher, self.prompt, self.is_hinted
+        )
+        return (first, *self.more_rationales)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +176,19 @@ def write_rows(path: str | os.PathLike, rows: Iterable[Example | Prediction]) ->
     count = 0
     with partial.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+            file.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
             count += 1
     partial.replace(path)
     return count
+
+
+def _to_json(row: Example | Prediction) -> dict:
+    """A row's fields; those that came with several rationales stand only where they are needed."""
+    fields = dataclasses.asdict(row)
+    for name, default in _UNWRITTEN.items():
+        if name in fields and fields[name] == default:
+            del fields[name]
+    return fields
 
 
 def read_json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict]]:
@@ -215,7 +264,7 @@ def _read_rows(path: Path, row_type: type) -> Iterator:
         raise InputError(f"{path}: has no rows; expected one JSON object a line")
 
 
-def _parse_row(row: dict, row_type: type) -> Example | Prediction:
+def _parse_row(row: dict, row_type: type) -> Example | Prediction | Rationale:
     """Builds a row after checking names and types; raises ValueError with all the row's faults."""
     fields = {field.name: field for field in dataclasses.fields(row_type)}
     faults = [
@@ -223,6 +272,8 @@ def _parse_row(row: dict, row_type: type) -> Example | Prediction:
         for name in row
         if name not in fields
     ]
+    if type(row.get("more_rationales")) is list and "more_rationales" in fields:
+        row = {**row, "more_rationales": _parse_rationales(row["more_rationales"], faults)}
     for name, field in fields.items():
         allowed = _allowed_types(row_type, name)
         if name not in row:
@@ -236,10 +287,32 @@ def _parse_row(row: dict, row_type: type) -> Example | Prediction:
     return row_type(**row)
 
 
+def _parse_rationales(rows: list, faults: list[str]) -> tuple[Rationale, ...]:
+    """Builds the further rationales of an example; appends what is wrong to `faults`."""
+    rationales = []
+    for number, row in enumerate(rows):
+        try:
+            if not isinstance(row, dict):
+                raise ValueError(f"is a {_json_type(row)}; expected object")
+            rationales.append(_parse_row(row, Rationale))
+        except ValueError as error:
+            faults.append(f"field 'more_rationales', item {number}: {error}")
+    return tuple(rationales)
+
+
 @functools.cache  # resolving the hints costs 25 times what the rest of a row does
 def _allowed_types(row_type: type, name: str) -> tuple[type, ...]:
     hint = typing.get_type_hints(row_type)[name]
+    if hint is float:
+        return (float, int)
+    if typing.get_origin(hint) is tuple:
+        return (tuple,)  # a JSON list, parsed by then
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _require_weight(row, name: str) -> None:
+    if not 0 < getattr(row, name) < float("inf"):
+        raise ValueError(f"field {name!r} is {getattr(row, name)}; expected a number above 0")
 
 
 def _require_member(row, name: str, allowed: tuple[str, ...]) -> None:
@@ -249,9 +322,10 @@ def _require_member(row, name: str, allowed: tuple[str, ...]) -> None:
         )
 
 
+_UNWRITTEN = {"rationale_weight": 1.0, "is_hinted": False, "more_rationales": ()}
 _JSON_NAMES = {
     str: "string", bool: "boolean", int: "number", float: "number",
-    type(None): "null", dict: "object", list: "list",
+    type(None): "null", dict: "object", list: "list", tuple: "list",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from dslt.errors import InputError
 from dslt.records import (
     Example,
     Prediction,
+    Rationale,
     read_examples,
     read_predictions,
     write_rows,
@@ -37,6 +38,21 @@ def test_rows_survive_writing_and_reading(tmp_path):
     assert write_rows(path, [EXAMPLE, other]) == 2
     assert list(read_examples(path)) == [EXAMPLE, other]
     assert not list(path.parent.glob("*.partial"))
+
+
+def test_several_weighted_rationales_survive_and_older_rows_stay_as_they_were(tmp_path):
+    path = tmp_path / "records.jsonl"
+    first = dataclasses.replace(
+        EXAMPLE, id="first", rationale="why", teacher="t", rationale_weight=0.25
+    )
+    more = (Rationale("because", 0.5, "u", "p", is_hinted=True), Rationale("so", 0.25))
+    several = dataclasses.replace(first, id="b", more_rationales=more)
+    write_rows(path, [EXAMPLE, first, several])
+    assert list(read_examples(path)) == [EXAMPLE, first, several]
+    assert several.rationales() == (Rationale("why", 0.25, "t"), *more)
+    assert EXAMPLE.rationales() == ()
+    older, weighted, _ = (json.loads(line) for line in path.read_text("utf-8").split("\n")[:3])
+    assert set(weighted) - set(older) == {"rationale_weight"}
 
 
 def test_predictions_survive_writing_and_reading(tmp_path):
@@ -85,6 +101,11 @@ def test_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
         ({**ROW, "answer_form": "number"}, "field 'answer_form' is 'number'"),
         ({**ROW, "dataset": "my data"}, "field 'dataset' is 'my data'"),
         ({**ROW, "input": "  "}, "field 'input' is empty"),
+        ({**ROW, "rationale": "x", "rationale_weight": 0}, "'rationale_weight' is 0; expected"),
+        ({**ROW, "more_rationales": [{"text": "x"}]}, "without 'rationale'"),
+        ({**ROW, "more_rationales": {}}, "'more_rationales' is a object; expected list"),
+        ({**ROW, "more_rationales": ["x"]}, "item 0: is a string; expected object"),
+        ({**ROW, "more_rationales": [{"text": "x", "wait": 1}]}, "item 0: unknown field 'wait'"),
         ({**ROW, "id": "first"}, "id 'first' is that of line 1"),
     ],
 )

@@ -1,9 +1,17 @@
 """`dslt extract`: problems and a teacher's completions → records.jsonl."""
 
+import argparse
 from pathlib import Path
 
-from dslt.commands.arguments import add_command, require
+from dslt.commands.arguments import add_command, positive, require
+from dslt.commands.processes import INTERRUPTED
 from dslt.errors import InputError
+
+# What an entry of a --teachers file may say; what it leaves out is as the flags have it.
+TEACHER_FIELDS = (
+    "name", "teacher", "weight", "samples", "model", "prompt", "mode", "temperature", "max_tokens",
+    "sampling_seed", "extra_body", "base_url", "api_key_env", "samples_per_request", "mistake_rate",
+)  # fmt: skip
 
 
 def add(commands) -> None:
@@ -14,7 +22,9 @@ def add(commands) -> None:
         help="facts, choice, sums (embedded); svamp, cqa, esnli, anli1 (released layout or TFDS); "
         "or a name for your own table",
     )
-    command.add_argument("--teacher", default="none", choices=("none", "scripted", "released"))
+    command.add_argument(
+        "--teacher", default="none", choices=("none", "scripted", "released", "endpoint")
+    )
     command.add_argument("--output_dir", required=True, help="where records.jsonl goes")
     command.add_argument("--data_dir", help="the released layout's directory, or TFDS's")
     command.add_argument("--tfds", action="store_true", help="read the problems through tfds.load")
@@ -42,32 +52,271 @@ def add(commands) -> None:
     table.add_argument("--split_column", help="train, validation or test in each row")
     table.add_argument("--answer_form", default="text", choices=("text", "equation"))
 
+    add_endpoint_flags(command)
+    add_asking_flags(command)
+    add_filter_flags(command)
 
-def extract(args) -> None:
-    """Writes records.jsonl, what was rejected and why, and a summary; prints the summary."""
-    from dslt.teacher import extract as extraction
 
-    examples = read_problems(args)
-    if args.teacher == "none":
-        summary = write_unexplained(examples, args.output_dir)
-        print(summary)
-        return
-    if args.teacher == "scripted":
-        from dslt.teacher import scripted
-
-        completions = {
-            example.id: scripted.complete(example, mistake_rate=args.mistake_rate, seed=args.seed)
-            for example in examples
-        }
-    else:
-        from dslt.teacher.released import read_completions
-
-        completions = read_completions(require(args, "data_dir"), examples)
-    summary = extraction.extract(
-        examples, completions, teacher=args.teacher, prompt=None, output_dir=args.output_dir
+def add_endpoint_flags(command) -> None:
+    group = command.add_argument_group("the endpoint teacher: any OpenAI-compatible server")
+    group.add_argument("--model", help="as the endpoint calls it")
+    group.add_argument("--base_url", help="such as http://localhost:8000/v1; without it OpenAI's")
+    group.add_argument(
+        "--api_key_env", default="OPENAI_API_KEY", help="the environment variable with the key"
     )
-    print(extraction.format_summary(summary))
+    group.add_argument(
+        "--prompt", help="nli, choice, equation, generic, or a .toml file; without it the dataset's"
+    )
+    group.add_argument(
+        "--label", action="append", default=[], dest="labels", help="of your label set; repeatable"
+    )
+    group.add_argument("--mode", default="chat", choices=("chat", "completion"))
+    group.add_argument("--temperature", type=float, default=0.7, help="below 0: the endpoint's own")
+    group.add_argument("--max_tokens", type=int, default=512, help="0: the endpoint's own")
+    group.add_argument("--sampling_seed", type=int, help="sample i gets the seed plus i")
+    group.add_argument("--extra_body", help="JSON: more fields of a request; null takes one out")
+    group.add_argument("--samples", type=positive, default=1, help="answers a problem")
+    group.add_argument(
+        "--samples_per_request", type=positive, default=1, help="where the endpoint knows `n`"
+    )
+    group.add_argument("--name", help="of the teacher, in the records; without it the model's")
+    group.add_argument("--weight", type=float, default=1.0, help="of its votes and rationales")
+    group.add_argument(
+        "--teachers",
+        metavar="FILE",
+        help="several teachers side by side: a JSON list of objects with "
+        f"{', '.join(TEACHER_FIELDS)}; what one leaves out is as the flags have it",
+    )
+
+
+def add_asking_flags(command) -> None:
+    group = command.add_argument_group("asking")
+    group.add_argument("--concurrency", type=positive, default=16, help="requests under way")
+    group.add_argument("--requests_per_minute", type=float)
+    group.add_argument("--tokens_per_minute", type=float)
+    group.add_argument("--timeout_secs", type=float, default=120.0, help="of one attempt")
+    group.add_argument("--max_attempts", type=positive, default=8, help="of one request")
+    group.add_argument("--price_input", type=float, default=0.0, help="of a million tokens")
+    group.add_argument("--price_output", type=float, default=0.0, help="of a million tokens")
+    group.add_argument(
+        "--dry_run", action="store_true", help="show prompts, requests, tokens, cost; send nothing"
+    )
+    group.add_argument(
+        "--offline", action="store_true", help="send nothing: parse and filter what is stored"
+    )
+    group.add_argument("--limit", type=positive, help="ask about the first so many examples alone")
+    group.add_argument(
+        "--ask_split", action="append", choices=("train", "validation", "test"), help="repeatable"
+    )
+    group.add_argument("--write_batch", metavar="FILE", help="write the requests for a batch job")
+    group.add_argument(
+        "--read_batch", action="append", default=[], metavar="FILE", help="a batch job's results"
+    )
+    group.add_argument("--shard", metavar="I/N", help="ask the I-th of N parts of the examples")
+    group.add_argument(
+        "--merge_from",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="join a shard's output directory; all must be there",
+    )
+
+
+def add_filter_flags(command) -> None:
+    group = command.add_argument_group("which explanations are kept")
+    group.add_argument(
+        "--keep",
+        default="majority",
+        choices=("legal", "majority", "gold"),
+        help="those of every legal answer, of the majority's, or of the gold one",
+    )
+    group.add_argument(
+        "--retry_with_hint",
+        action="store_true",
+        help="ask once more, with the gold answer as a hint, where all answers to a train example "
+        "are wrong",
+    )
+    group.add_argument(
+        "--max_rationales", type=positive, default=1, help="of one teacher an example"
+    )
+    group.add_argument("--min_words", type=positive, help="of a rationale")
+    group.add_argument("--max_words", type=positive, help="of a rationale")
+    group.add_argument(
+        "--max_similarity", type=float, default=1.0, help="of two rationales of an example, 0 to 1"
+    )
+    group.add_argument(
+        "--max_question_overlap", type=float, help="share of a rationale found in the question"
+    )
+
+
+def extract(args) -> int | None:
+    """Asks what is not answered yet, writes the records, and prints what became of everything."""
+    examples = read_problems(args)
+    if args.teacher == "none" and not args.teachers:
+        print(write_unexplained(examples, args.output_dir))
+        return 0
+    from dslt.teacher import estimate, shards
+    from dslt.teacher import extract as extraction
+    from dslt.teacher.batch_files import read_batch, write_batch
+    from dslt.teacher.questions import is_in_shard, to_requests
+    from dslt.teacher.store import COMPLETIONS, CompletionStore
+
+    if args.shard:
+        shard = shards.parse_shard(args.shard)
+        examples = [example for example in examples if is_in_shard(example, shard)]
+    rows = [
+        row for row, e in enumerate(examples) if not args.ask_split or e.split in args.ask_split
+    ][: args.limit]
+    teachers = make_teachers(args, examples)
+    config, filters = ask_config(args), filter_config(args)
+    if args.dry_run:
+        questions = extraction.plan_all(examples, rows, teachers)
+        if os_path_exists(args.output_dir, COMPLETIONS):
+            with CompletionStore(args.output_dir) as store:
+                questions = extraction.pending(questions, store)
+        print(estimate.describe_run(examples, questions, config.prices))
+        return 0
+    is_silent = args.offline or args.merge_from or args.write_batch or args.read_batch
+    with CompletionStore(args.output_dir) as store:
+        say_what_was_found(store)
+        for directory, answers in shards.merge_stores(store, args.merge_from).items():
+            print(f"{directory}: {answers:,} answers")
+        if args.read_batch:
+            keys = {q.key for q in extraction.plan_all(examples, rows, teachers)}
+            if args.retry_with_hint:
+                planned = extraction.plan_all(examples, rows, teachers)
+                keys |= {q.key for q in extraction.plan_hinted(examples, planned, store)}
+            results = read_batch(args.read_batch, store, keys)
+            print(f"batch results: {results.answers:,} new answers; not used: {results.unused}")
+        questions, stats = extraction.ask_teachers(
+            examples, rows, teachers, store, None if is_silent else config, args.retry_with_hint
+        )
+        if stats.attempts:
+            print(extraction.format_stats(stats))
+        unanswered = extraction.pending(questions, store)
+        if stats.is_interrupted:
+            print(
+                f"stopped; {len(unanswered):,} of {len(questions):,} questions have no answer "
+                "yet. The same command goes on"
+            )
+            return INTERRUPTED
+        if args.write_batch:
+            paths = write_batch(to_requests(unanswered), args.write_batch)
+            print(f"{len(unanswered):,} requests: {', '.join(map(str, paths))}")
+            return 0
+        if args.merge_from:
+            shards.check_complete(questions, store, [example.id for example in examples])
+        summary = extraction.write_extraction(examples, rows, questions, store, filters)
+    print(extraction.format_summary(summary, config.prices))
+    if unanswered:
+        print(
+            f"{len(unanswered):,} questions have no answer; the same command "
+            f"{'without --offline ' if args.offline else ''}asks them again"
+        )
     print(f"records: {summary.records_path}")
+    return 0
+
+
+def os_path_exists(directory: str, name: str) -> bool:
+    import os
+
+    return os.path.exists(os.path.join(directory, name))
+
+
+def say_what_was_found(store) -> None:
+    """Says what an earlier run left, so that nobody wonders what is paid again."""
+    if store.answers:
+        print(f"{store.directory}: {len(store.answers):,} answers are there and are not asked for")
+    if store.torn_bytes:
+        print(f"{store.path}: cut {store.torn_bytes} bytes of a half-written last line")
+    if store.in_flight:
+        print(f"{len(store.in_flight):,} requests were under way when the last run was killed")
+
+
+def make_teachers(args, examples: list) -> list:
+    """The teachers of the command line, or those of a --teachers file."""
+    if not args.teachers:
+        return [make_teacher(args, examples)]
+    from dslt.teacher.panel import read_teachers
+
+    entries = read_teachers(args.teachers, TEACHER_FIELDS)
+    return [make_teacher(argparse.Namespace(**vars(args) | entry), examples) for entry in entries]
+
+
+def make_teacher(args, examples: list):
+    """One teacher of the kind that `args.teacher` names."""
+    import json
+
+    from dslt.teacher import scripted
+    from dslt.teacher.prompts import load_prompt, prompt_of
+    from dslt.teacher.questions import EndpointTeacher, LocalTeacher
+    from dslt.teacher.released import read_completions
+
+    shared = {"weight": args.weight, "samples": args.samples}
+    if args.teacher == "scripted":
+        return LocalTeacher(
+            args.name or "scripted",
+            **shared,
+            complete=lambda example, sample: scripted.complete(
+                example, mistake_rate=args.mistake_rate, seed=args.seed + sample
+            ),
+        )
+    if args.teacher == "released":
+        completions = read_completions(require(args, "data_dir"), examples)
+        return LocalTeacher(
+            args.name or "released",
+            **shared | {"samples": 1},
+            complete=lambda example, sample: completions.get(example.id),
+        )
+    if args.teacher != "endpoint":
+        raise InputError(f"teacher is {args.teacher!r}; expected endpoint, scripted or released")
+    model = require(args, "model")
+    try:
+        extra_body = json.loads(args.extra_body or "{}")
+    except ValueError as error:
+        raise InputError(f"--extra_body is no JSON ({error}); expected an object") from None
+    if not isinstance(extra_body, dict):
+        raise InputError(f"--extra_body is {args.extra_body}; expected a JSON object")
+    return EndpointTeacher(
+        args.name or model,
+        **shared,
+        model=model,
+        prompt=load_prompt(args.prompt or prompt_of(args.dataset), args.labels),
+        mode=args.mode,
+        temperature=None if args.temperature < 0 else args.temperature,
+        max_tokens=args.max_tokens or None,
+        seed=args.sampling_seed,
+        extra_body=extra_body,
+        base_url=args.base_url,
+        api_key_env=args.api_key_env,
+        samples_per_request=1 if args.write_batch else args.samples_per_request,
+    )
+
+
+def ask_config(args):
+    from dslt.teacher.endpoint import AskConfig, Prices
+
+    return AskConfig(
+        concurrency=args.concurrency,
+        requests_per_minute=args.requests_per_minute,
+        tokens_per_minute=args.tokens_per_minute,
+        timeout_secs=args.timeout_secs,
+        max_attempts=args.max_attempts,
+        prices=Prices(args.price_input, args.price_output),
+    )
+
+
+def filter_config(args):
+    from dslt.teacher.filters import FilterConfig
+
+    return FilterConfig(
+        keep=args.keep,
+        max_rationales=args.max_rationales,
+        min_words=args.min_words,
+        max_words=args.max_words,
+        max_similarity=args.max_similarity,
+        max_question_overlap=args.max_question_overlap,
+    )
 
 
 def read_problems(args) -> list:
@@ -111,6 +360,7 @@ def write_unexplained(examples: list, output_dir: str) -> str:
     from dslt.teacher.extract import write_records
 
     path = Path(output_dir) / "records.jsonl"
-    write_records(path, examples)
+    set_aside = write_records(path, examples)
     explained = sum(example.rationale is not None for example in examples)
-    return f"{len(examples):,} examples, {explained:,} with a rationale\nrecords: {path}"
+    moved = f"\nthe records that were here before are now {set_aside}" if set_aside else ""
+    return f"{len(examples):,} examples, {explained:,} with a rationale{moved}\nrecords: {path}"

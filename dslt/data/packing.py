@@ -1,6 +1,6 @@
 """Which examples a step sees, and where each one lies in the packed rows. Numpy alone, no I/O.
 
-A pair is the label segment and, where there is one, the rationale segment of one example; both
+A pair is the label segment of one example and, where there are some, its rationale segments; all
 come to the same batch. The endless order of pairs is cut into windows of some hundreds to some
 thousands of pairs, and a window is packed whole into its `window_batches` batches. Step k is batch
 k % window_batches of window k // window_batches, so a batch is a function of (seed, step) and of
@@ -151,6 +151,7 @@ class Segments:
     Attributes:
       pair: [n] int64, an index into the lengths that were planned.
       role: [n] int64, ROLE_LABEL or ROLE_RATIONALE.
+      number: [n] int64, which of the pair's segments: 0 the label, k its k-th rationale.
       batch, row: [n] int64.
       segment_id: [n] int64, from 1 in each row.
       source_start, target_start: [n] int64, offsets in the row.
@@ -159,6 +160,7 @@ class Segments:
 
     pair: np.ndarray
     role: np.ndarray
+    number: np.ndarray
     batch: np.ndarray
     row: np.ndarray
     segment_id: np.ndarray
@@ -183,20 +185,20 @@ class WindowPlan:
 def plan_window(
     lengths: np.ndarray, shape: RowShape, batches: int, key: Sequence[int]
 ) -> WindowPlan:
-    """Packs a window's pairs into its batches, both segments of a pair into the same batch.
+    """Packs a window's pairs into its batches, all segments of a pair into the same batch.
 
     Pairs go to batches, and then segments to rows, largest first to where most room is left; then
     swaps repair what overflows. That packs both sides of CQA and SVAMP to 0.98; without the swaps
     one pair of CQA in seven was left over at 0.96. A pair that fits nowhere is left out.
 
     Args:
-      lengths: [pairs, 4] integers: label source and target, rationale source and target; a pair
-        without a rationale has zeros there.
+      lengths: [pairs, 2 + 2R] integers: label source and target, then those of up to R rationales;
+        a pair with fewer has zeros there.
       shape: of every batch.
       batches: how many.
       key: integers that order the batches; loads are even, so only the identity of batches changes.
     """
-    segment_sizes = lengths.reshape(-1, 2, 2)  # [pairs, label or rationale, source or target]
+    segment_sizes = lengths.reshape(len(lengths), -1, 2)  # [pairs, segments, source or target]
     capacity = np.array([shape.source_length, shape.target_length])
     pair_batch, _ = _assign(segment_sizes.sum(1), capacity * shape.rows, batches)
     segment_row = np.full(segment_sizes.shape[:2], -1)
@@ -236,7 +238,7 @@ def suggest_row_shape(
 
     Args:
       order: the pairs' order; its seed plays no role.
-      lengths: [all pairs, 4] integers, as in `plan_window`.
+      lengths: [all pairs, 2 + 2R] integers, as in `plan_window`.
       source_length, target_length: to be kept as they are, if given.
 
     Raises:
@@ -332,24 +334,29 @@ def share_sources(segments: Segments, lengths: np.ndarray) -> Segments:
     """Two targets to one source: splits segments that were planned with both targets in a row.
 
     Args:
-      segments: planned from lengths of which the first target's is that of both together, and the
-        second source and target are zeros.
-      lengths: [pairs, 4] integers, as they are.
+      segments: planned from lengths of which the first target's is that of the label and the first
+        rationale together, and the second source and target are zeros.
+      lengths: [pairs, 2 + 2R] integers, as they are.
 
     Returns:
-      The label segments as planned, each followed by one of the same id with the rationale's target
-      and no source of its own.
+      The segments as planned, each label's followed by one of the same id with the first
+      rationale's target and no source of its own. Further rationales keep sources of their own:
+      targets of one role and id would see each other.
     """
     label, rationale = lengths[segments.pair, 1], lengths[segments.pair, 3]
-    index = np.repeat(np.arange(len(segments.pair)), 1 + (rationale > 0))
-    is_rationale = np.diff(index, prepend=-1) == 0
+    is_split = (segments.number == 0) & (rationale > 0)
+    index = np.repeat(np.arange(len(segments.pair)), 1 + is_split)
+    is_new = np.diff(index, prepend=-1) == 0
+    is_label = (segments.number[index] == 0) & ~is_new
     segments = segments.where(index)
+    target_length = np.where(is_label, label[index], segments.target_length)
     return dataclasses.replace(
         segments,
-        role=np.where(is_rationale, ROLE_RATIONALE, ROLE_LABEL),
-        target_start=segments.target_start + np.where(is_rationale, label[index], 0),
-        source_length=np.where(is_rationale, 0, segments.source_length),
-        target_length=np.where(is_rationale, rationale[index], label[index]),
+        role=np.where(is_label, ROLE_LABEL, ROLE_RATIONALE),
+        number=np.where(is_new, 1, segments.number),
+        target_start=segments.target_start + np.where(is_new, label[index], 0),
+        source_length=np.where(is_new, 0, segments.source_length),
+        target_length=np.where(is_new, rationale[index], target_length),
     )
 
 
@@ -359,6 +366,7 @@ def build_batch(
     shape: RowShape,
     rows: np.ndarray | None = None,
     start_ids: Mapping[int, int] = START_IDS,
+    weights: np.ndarray | None = None,
 ) -> Batch:
     """Writes one batch's segments, or those of some of its rows, into arrays.
 
@@ -370,6 +378,7 @@ def build_batch(
       rows: [n] row numbers to build, each once and in this order; numbers from `shape.rows` on are
         rows of padding. All rows of the batch by default.
       start_ids: role to the token that the decoder starts with.
+      weights: [segments] of their tokens in the loss; 1 by default.
     """
     rows = np.arange(shape.rows) if rows is None else np.asarray(rows)
     place = np.full(max(shape.rows, rows.max(initial=-1) + 1), -1)  # row of the batch -> row here
@@ -397,7 +406,9 @@ def build_batch(
         batch.decoder_target_tokens.flat[cells] = tokens
         batch.decoder_segment_ids.flat[cells] = np.repeat(ids, length)
         batch.decoder_loss_roles.flat[cells] = roles
-        batch.decoder_loss_weights.flat[cells] = 1.0
+        batch.decoder_loss_weights.flat[cells] = (
+            1.0 if weights is None else np.repeat(weights[index], length)
+        )
     return batch
 
 
@@ -495,7 +506,7 @@ def _evict(
         row = int(room.min(1).argmin())
         there = [pair for pair in pairs if (segment_row[pair] == row).any()]
         pair = min(there, key=lambda pair: sizes[pair].sum())
-        for which in (0, 1):
+        for which in range(segment_row.shape[1]):
             if segment_row[pair, which] >= 0:
                 room[segment_row[pair, which]] += sizes[pair, which]
         segment_row[pair] = -1
@@ -513,7 +524,7 @@ def _insert(
     """Puts an evicted pair into the first batch whose rows have room; False if there is none."""
     for batch in range(len(room)):
         free = room[batch].copy()
-        chosen = [-1, -1]
+        chosen = [-1] * sizes.shape[1]
         for which in np.argsort(-sizes[pair].sum(-1), kind="stable"):
             if not sizes[pair, which].any():
                 continue
@@ -544,6 +555,7 @@ def _lay_out(
     return Segments(
         pair=pair,
         role=np.where(which == 0, ROLE_LABEL, ROLE_RATIONALE),
+        number=which,
         batch=batch,
         row=row,
         segment_id=np.arange(len(pair)) - first + 1,

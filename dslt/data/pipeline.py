@@ -80,7 +80,7 @@ class DataConfig:
       label_source: `gold` or `teacher`, what the train split learns as the label.
       input_prefix_label, input_prefix_rationale: what tells the student the task.
       max_input_length, max_target_length: tokens, EOS included; what is longer is cut and counted.
-      batch_examples: examples a step, each with its label and, if it has one, its rationale.
+      batch_examples: examples a step, each with its label and what rationales it has.
       source_length, target_length: of a packed row; suggested from the data where None.
       mixture_rates: dataset to rate, for all datasets that train; None: by number of examples.
       shared_encoder: encode an example once, for its label and its rationale. The source then names
@@ -133,7 +133,8 @@ class TrainSet:
       index: of its records file.
       label: inputs and targets of the label Task.
       rationale: those of the rationale Task, or None.
-      rationale_entry: [pairs] int64, each pair's entry in `rationale`; -1 where it has none.
+      rationale_entry: [pairs, R] int64, each pair's entries in `rationale`; -1 where it has fewer.
+      rationale_weights: [entries] float32, of the entries of `rationale`.
       rows: [pairs] int64, rows of the records file.
       num_unlabelled: train examples that have no label and therefore are not learnt from.
       counts: Task name to the token, truncation and unknown counts of its train split.
@@ -144,21 +145,20 @@ class TrainSet:
     label: tuple[TokenTable, TokenTable]
     rationale: tuple[TokenTable, TokenTable] | None
     rationale_entry: np.ndarray
+    rationale_weights: np.ndarray
     rows: np.ndarray
     num_unlabelled: int
     counts: Mapping[str, Mapping[str, int]]
 
     def lengths(self) -> np.ndarray:
-        """[pairs, 4] int64: label source and target, rationale source and target (0: none)."""
-        lengths = np.zeros((len(self.rows), 4), np.int64)
-        for column, table in enumerate(self.label):
-            lengths[:, column] = np.diff(table.offsets)
-        has_rationale = self.rationale_entry >= 0
-        for column, table in enumerate(self.rationale or (), start=2):
-            lengths[has_rationale, column] = np.diff(table.offsets)[
-                self.rationale_entry[has_rationale]
-            ]
-        return lengths
+        """[pairs, 2 + 2R] int64: label source and target, those of each rationale (0: none)."""
+        entry = self.rationale_entry
+        lengths = np.zeros((len(entry), 1 + entry.shape[1], 2), np.int64)
+        for side, table in enumerate(self.label):
+            lengths[:, 0, side] = np.diff(table.offsets)
+        for side, table in enumerate(self.rationale or ()):
+            lengths[:, 1:, side] = np.where(entry >= 0, np.diff(table.offsets)[entry], 0)
+        return lengths.reshape(len(entry), -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ class TrainStream:
       row_shape: the shape of every batch.
       order: which pairs each window of steps sees.
       num_examples: pairs of an epoch, over all datasets.
-      num_rationales: how many of them have a rationale segment.
+      num_rationales: how many of them have a rationale segment, or several.
       left_out: pairs that found no room in the windows planned so far; each is left out of one
         epoch.
     """
@@ -196,7 +196,11 @@ class TrainStream:
         """
         self.vocabulary = vocabulary
         self._sets = open_train_sets(config, vocabulary, use_rationales)
-        self._lengths = np.concatenate([train_set.lengths() for train_set in self._sets])
+        lengths = [train_set.lengths() for train_set in self._sets]
+        width = max(part.shape[1] for part in lengths)
+        self._lengths = np.concatenate(
+            [np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in lengths]
+        )
         self._is_shared = config.shared_encoder
         self._start_ids = START_IDS | {ROLE_RATIONALE: config.rationale_start_id}
         self._offsets = np.cumsum([0] + [len(train_set.rows) for train_set in self._sets])
@@ -237,6 +241,7 @@ class TrainStream:
         """The batch of one step, or some of its rows: one host's share (see `build_batch`)."""
         pairs, segments = self._segments(step)
         dataset = np.searchsorted(self._offsets, pairs, side="right") - 1
+        weights = np.ones(len(pairs), np.float32)
         sources = []
         for number in np.unique(dataset):
             train_set = self._sets[number]
@@ -247,10 +252,11 @@ class TrainStream:
                 index = np.flatnonzero((dataset == number) & (segments.role == role))
                 entry = pairs[index] - self._offsets[number]
                 if role == ROLE_RATIONALE:
-                    entry = train_set.rationale_entry[entry]
+                    entry = train_set.rationale_entry[entry, segments.number[index] - 1]
+                    weights[index] = train_set.rationale_weights[entry]
                 if len(index):
                     sources.append((index, entry, *tables))
-        return build_batch(segments, sources, self.row_shape, rows, self._start_ids)
+        return build_batch(segments, sources, self.row_shape, rows, self._start_ids, weights)
 
     def batches(
         self, start_step: int = 0, rows: np.ndarray | None = None, prefetch_batches: int = 2
@@ -349,11 +355,11 @@ class TrainStream:
             return self._plans[window]
 
     def _planned_lengths(self, pairs: np.ndarray) -> np.ndarray:
-        """[n, 4]: the lengths of pairs, with one source and both targets together if shared."""
+        """[n, 2 + 2R]: the lengths of pairs; if shared, one source and both targets together."""
         lengths = self._lengths[pairs]
         if self._is_shared:
-            both = lengths[:, 1] + lengths[:, 3]
-            lengths = np.stack([lengths[:, 0], both, 0 * both, 0 * both], axis=1)
+            lengths[:, 1] += lengths[:, 3]
+            lengths[:, 2:4] = 0
         return lengths
 
     def _example_id(self, pair: int) -> str:
@@ -489,7 +495,8 @@ def _train_texts(config: DataConfig) -> Iterator[str]:
                 continue
             yield config.input_prefix_label + example.input
             yield config.input_prefix_rationale + example.input
-            yield from filter(None, (example.label, example.teacher_label, example.rationale))
+            yield from filter(None, (example.label, example.teacher_label))
+            yield from (rationale.text for rationale in example.rationales())
 
 
 def _records_paths(config: DataConfig) -> tuple[str, ...]:
@@ -512,22 +519,27 @@ def _open_train_set(
     cached = open_train(LABEL_TASK)
     label = cached.split("train")
     counts = {task_name(name, LABEL_TASK): cached.counts["train"]}
-    entry = np.full(len(label.rows), -1, np.int64)
+    entry = np.full((len(label.rows), 1), -1, np.int64)
+    weights = np.ones(0, np.float32)
     tables = None
     cached = open_train(RATIONALE_TASK) if use_rationales else None
     if cached is not None and "train" in cached.counts:
         rationale = cached.split("train")
         counts[task_name(name, RATIONALE_TASK)] = cached.counts["train"]
         tables = (rationale.inputs, rationale.targets)
-        place = np.searchsorted(rationale.rows, label.rows)
-        place = np.minimum(place, len(rationale.rows) - 1)
-        entry = np.where(rationale.rows[place] == label.rows, place, -1)
+        weights = np.asarray(rationale.weights)
+        first, end = (
+            np.searchsorted(rationale.rows, label.rows, side)[:, None] for side in ("left", "right")
+        )
+        number = np.arange(max((end - first).max(initial=0), 1))
+        entry = np.where(number < end - first, first + number, -1)
     return TrainSet(
         name=name,
         index=index,
         label=(label.inputs, label.targets),
         rationale=tables,
         rationale_entry=entry,
+        rationale_weights=weights,
         rows=label.rows,
         num_unlabelled=index.counts[name]["train"]["examples"] - len(label.rows),
         counts=counts,

@@ -10,7 +10,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from dslt.data.token_cache import LABEL_TASK, TaskSettings, target_text
+from dslt.data.token_cache import LABEL_TASK, TaskSettings, target_texts
 from dslt.records import Example
 
 CHUNK_EXAMPLES = 1024  # texts handed to TensorFlow at a time: one by one is ten times slower
@@ -21,6 +21,7 @@ TEXT_FEATURES = {
     "id": tf.TensorSpec([None], tf.string),
     "row": tf.TensorSpec([None], tf.int64),
     "answer_form": tf.TensorSpec([None], tf.string),
+    "weight": tf.TensorSpec([None], tf.float32),
 }
 
 
@@ -31,17 +32,19 @@ def text_dataset(
     task: str,
     settings: TaskSettings,
 ) -> tf.data.Dataset:
-    """The texts of one Task and split in the order of the records; `row` counts all records."""
+    """The texts of one Task and split in the order of the records; `row` counts all records.
+
+    An example with several rationales comes once for each, with the `weight` of its tokens.
+    """
 
     def chunks() -> Iterator[dict]:
         rows = []
         for row, example in enumerate(read()):
             if (example.dataset, example.split) != (dataset, split):
                 continue
-            targets = target_text(example, task, settings)
-            if targets is not None:
-                rows.append((example.input, targets, example.id, row, example.answer_form))
-            if len(rows) == CHUNK_EXAMPLES:
+            for text, weight in target_texts(example, task, settings):
+                rows.append((example.input, text, example.id, row, example.answer_form, weight))
+            if len(rows) >= CHUNK_EXAMPLES:
                 yield _columns(rows)
                 rows = []
         if rows:
@@ -51,12 +54,13 @@ def text_dataset(
 
 
 def task_preprocessors(task: str, settings: TaskSettings) -> list[Callable]:
-    """Prefix, tokens, and an EOS that outlives truncation."""
+    """Prefix, tokens, and an EOS that outlives truncation; SeqIO can cache the tokens."""
     is_label = task == LABEL_TASK
     prefix = settings.input_prefix_label if is_label else settings.input_prefix_rationale
     return [
         functools.partial(add_prefix, prefix=prefix),
         seqio.preprocessors.tokenize,
+        seqio.CacheDatasetPlaceholder(),  # SeqIO's own caching job writes what comes to here
         seqio.preprocessors.append_eos_after_trim,
     ]
 
@@ -70,6 +74,8 @@ def add_prefix(example: dict, prefix: str) -> dict:
 def _columns(rows: list[tuple]) -> dict:
     columns = zip(*rows, strict=True)
     return {
-        name: np.array(column, np.int64) if spec.dtype == tf.int64 else list(column)
+        name: list(column)
+        if spec.dtype == tf.string
+        else np.array(column, spec.dtype.as_numpy_dtype)
         for (name, spec), column in zip(TEXT_FEATURES.items(), columns, strict=True)
     }

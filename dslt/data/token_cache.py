@@ -32,7 +32,7 @@ from dslt.data.vocabulary import Vocabulary
 from dslt.errors import InputError
 from dslt.records import SPLITS, Example, read_examples
 
-FORMAT = 1  # of the directories below; raise it when what is in them changes
+FORMAT = 2  # of the directories below; raise it when what is in them changes
 
 LABEL_TASK = "label"
 RATIONALE_TASK = "rationale"
@@ -77,15 +77,20 @@ def task_name(dataset: str, task: str) -> str:
     return f"{dataset}_{task}"
 
 
-def target_text(example: Example, task: str, settings: TaskSettings) -> str | None:
-    """What a Task learns to answer to an example; None where the example has no such text."""
+def target_texts(
+    example: Example, task: str, settings: TaskSettings
+) -> tuple[tuple[str, float], ...]:
+    """What a Task learns to answer to an example, each text with its weight.
+
+    One label, or one and more rationales; () where the example has no such text.
+    """
     if task == RATIONALE_TASK:
-        text = example.rationale
-    elif settings.label_source == "teacher" and example.split == "train":
+        return tuple((rationale.text, rationale.weight) for rationale in example.rationales())
+    if settings.label_source == "teacher" and example.split == "train":
         text = example.teacher_label
     else:
         text = example.label
-    return text if text is not None and text.strip() else None
+    return ((text, 1.0),) if text is not None and text.strip() else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,7 @@ class RecordsIndex:
       path: the file.
       digest: sha256 hex of its bytes.
       counts: dataset to split to how many: `examples`, and those with a `gold` label, a `teacher`
-        label, a `rationale`.
+        label; `rationale` counts rationales, of which an example may have several.
       ids: the example ids as UTF-8 bytes, entry i for row i.
     """
 
@@ -111,7 +116,10 @@ class RecordsIndex:
         return tuple(sorted(self.counts))
 
     def task_examples(self, dataset: str, task: str, settings: TaskSettings) -> dict[str, int]:
-        """Split to the number of examples that a Task has there, without empty splits."""
+        """Split to the number of examples that a Task has there, without empty splits.
+
+        Each rationale is an example of the rationale Task.
+        """
         numbers = {}
         for split in SPLITS:
             source = settings.label_source if split == "train" else "gold"
@@ -133,13 +141,14 @@ def scan_records(path: str | os.PathLike) -> RecordsIndex:
     ids = bytearray()
     offsets = [0]
     for example in read_examples(path):
-        kinds = ("examples", "gold", "teacher", "rationale")
-        texts = (example.input, example.label, example.teacher_label, example.rationale)
+        kinds = ("examples", "gold", "teacher")
+        texts = (example.input, example.label, example.teacher_label)
         split = counts.setdefault(example.dataset, {}).setdefault(
-            example.split, dict.fromkeys(kinds, 0)
+            example.split, dict.fromkeys((*kinds, "rationale"), 0)
         )
         for kind, text in zip(kinds, texts, strict=True):
             split[kind] += text is not None and bool(text.strip())
+        split["rationale"] += len(example.rationales())
         ids += example.id.encode("utf-8")
         offsets.append(len(ids))
     table = TokenTable(np.frombuffer(bytes(ids), np.uint8), np.array(offsets, np.int64))
@@ -169,12 +178,15 @@ class CachedSplit:
 
     Attributes:
       inputs, targets: EOS included.
-      rows: [entries] int64, each example's row in the records file; ascending.
+      rows: [entries] int64, each example's row in the records file; ascending, and repeated where
+        an example has several rationales.
+      weights: [entries] float32, of each target's tokens in the loss.
     """
 
     inputs: TokenTable
     targets: TokenTable
     rows: np.ndarray
+    weights: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +209,11 @@ class CachedTask:
             _load_table(self.directory, f"{name}.{side}.npy", f"{name}.{side}_offsets.npy", number)
             for side in ("inputs", "targets")
         ]
-        return CachedSplit(*tables, _load_array(self.directory, f"{name}.rows.npy", number))
+        rows, weights = (
+            _load_array(self.directory, f"{name}.{column}.npy", number)
+            for column in ("rows", "weights")
+        )
+        return CachedSplit(*tables, rows, weights)
 
 
 def open_task(
@@ -255,16 +271,17 @@ def _build_task(
 
 
 def _task_chunks(task, split: str) -> Iterator[tuple]:
-    """Yields (inputs, input lengths, targets, target lengths, rows) of 1,024 examples each."""
+    """Yields (inputs, their lengths, targets, their lengths, rows, weights) of 1,024 examples."""
     dataset = task.get_dataset(
         sequence_length=None, split=split, shuffle=False, num_epochs=1, try_in_mem_cache=False
     )
-    dataset = dataset.map(lambda example: {k: example[k] for k in ("inputs", "targets", "row")})
+    columns = (*SIDES, "row", "weight")
+    dataset = dataset.map(lambda example: {column: example[column] for column in columns})
     for chunk in dataset.ragged_batch(CHUNK_EXAMPLES):
         arrays = []
         for side in SIDES:
             arrays += [chunk[side].flat_values.numpy(), np.diff(chunk[side].row_splits.numpy())]
-        yield *arrays, chunk["row"].numpy()
+        yield *arrays, chunk["row"].numpy(), chunk["weight"].numpy()
 
 
 def _write_split(
@@ -286,10 +303,13 @@ def _write_split(
             }
             for name, dtype in (("{}.{}.npy", np.int32), ("{}.{}_offsets.npy", np.int64))
         )
-        rows = stack.enter_context(_ArrayWriter(directory / f"{split}.rows.npy", np.int64))
+        rows, weights = (
+            stack.enter_context(_ArrayWriter(directory / f"{split}.{name}.npy", dtype))
+            for name, dtype in (("rows", np.int64), ("weights", np.float32))
+        )
         for side in SIDES:
             offsets[side].append(np.zeros(1, np.int64))
-        for *flat, chunk_rows in chunks:
+        for *flat, chunk_rows, chunk_weights in chunks:
             for side, values, lengths in zip(SIDES, flat[::2], flat[1::2], strict=True):
                 kept, kept_lengths = truncate(values, lengths, limits[side])
                 offsets[side].append(tokens[side].size + np.cumsum(kept_lengths))
@@ -299,6 +319,7 @@ def _write_split(
                 _add(counts, f"truncated_{side}", (kept_lengths < lengths).sum())
                 _add(counts, f"unknown_{side}", (kept == vocabulary.unk_id).sum())
             rows.append(chunk_rows)
+            weights.append(chunk_weights)
             counts["examples"] += len(chunk_rows)
             advance(len(chunk_rows))
     return counts

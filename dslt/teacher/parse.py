@@ -1,7 +1,8 @@
 """A teacher's completion → its explanation and a legal answer, or the reason why there is none.
 
 May import dslt.records and dslt.metrics. Each kind of dataset has one declared answer form; what
-follows is read leniently (case, punctuation, white space, Markdown), what is legal is not.
+follows is read leniently (case, punctuation, white space, Markdown, `<think>` blocks, JSON), what
+is legal is not.
 
     parse_completion("Only water is wet. So the answer is (b) water.", CHOICE, ["sand", "water"])
     # Parsed(rationale="Only water is wet.", answer="water", reason=None)
@@ -9,19 +10,24 @@ follows is read leniently (case, punctuation, white space, Markdown), what is le
 
 import dataclasses
 import difflib
+import functools
+import json
 import re
 from collections.abc import Sequence
 
 from dslt.metrics import evaluate_equation, is_correct, normalize_equation, normalize_text
 from dslt.records import Example
 
+CONTENT_FILTER = "content filter"
 NO_ANSWER = "no answer"
 TRUNCATED = "truncated"
 TWO_ANSWERS = "two answers"
 NO_CHOICE = "answer is no choice"
 NO_EQUATION = "not an equation"
 EMPTY_RATIONALE = "empty rationale"
-REASONS = (NO_ANSWER, TRUNCATED, TWO_ANSWERS, NO_CHOICE, NO_EQUATION, EMPTY_RATIONALE)
+UNPARSED = (CONTENT_FILTER, NO_ANSWER, TRUNCATED, EMPTY_RATIONALE)  # no answer is to be seen
+ILLEGAL = (TWO_ANSWERS, NO_CHOICE, NO_EQUATION)  # an answer that is none of those allowed
+REASONS = (*UNPARSED, *ILLEGAL)
 
 NLI_LABELS = ("entailment", "neutral", "contradiction")
 
@@ -39,12 +45,17 @@ _ANSWER_MARK = re.compile(
 )
 # A completion runs on into an exemplar of its own making; what begins a line like this ends it.
 _NEXT_EXEMPLAR = re.compile(r"^\s*(?:Q|Question|Premise|Problem)\s*:", re.MULTILINE)
+_THOUGHT = re.compile(r"<(think|thinking|reasoning)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+_BOXED = re.compile(r"\$?\\boxed\{([^{}]*)\}\$?")
+# What a JSON answer calls its parts, best first.
+_ANSWER_KEYS = ("answer", "final_answer", "label", "choice")
+_RATIONALE_KEYS = ("rationale", "explanation", "reasoning", "reason", "thought")
 _OPENING = re.compile(r"^\s*(?:A|Answer|Explanation|Rationale|Reasoning)\s*:\s*", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])")
 _CHOICE_LINE = re.compile(r"^\(([a-z])\) (.*)$", re.MULTILINE)
 _CHOICES_HEADING = "Answer Choices:"
 _LETTER = re.compile(r"\(([a-z])\)|\b([a-z])\)|^([a-z])(?=[.:]|$)")
-_SENTENCE_END = (".", "!", "?", ")", '"')
+_SENTENCE_END = (".", "!", "?", ")", '"', "}")
 _QUOTES = " \t*_\"'“”:"
 _UNIT = re.compile(r"[A-Za-z][A-Za-z' -]+")
 
@@ -57,10 +68,13 @@ class AnswerForm:
       kind: `choice` (one of the example's own choices, `(d) math problem`), `label` (one of
         `labels`), `equation` (arithmetic with a value) or `text` (anything that is not empty).
       labels: the label set of kind `label`.
+      mark: the words behind which the answer starts, where they are none of the usual ones (`So the
+        answer is`, `The answer is`, `Answer:`).
     """
 
     kind: str
     labels: tuple[str, ...] = ()
+    mark: str = ""
 
     def __post_init__(self):
         if self.kind not in ("choice", "label", "equation", "text"):
@@ -121,48 +135,124 @@ def choices_in(text: str) -> list[str]:
     return [text.strip() for _, text in _CHOICE_LINE.findall(listed)]
 
 
-def parse_completion(completion: str, form: AnswerForm, choices: Sequence[str] = ()) -> Parsed:
+def parse_completion(
+    completion: str,
+    form: AnswerForm,
+    choices: Sequence[str] = (),
+    *,
+    reasoning: str | None = None,
+    finish_reason: str | None = None,
+) -> Parsed:
     """Reads one completion.
 
     The completion ends where the next exemplar begins. Its answer stands behind the last mark
-    (`So the answer is`, `The answer is`, `Answer:`). A legal answer behind an earlier mark that
-    differs from it makes two answers, and so do two legal answers behind one mark: a teacher that
-    did not decide teaches nothing, and is rejected.
+    (`So the answer is`, `The answer is`, `Answer:`), or in a JSON object's `answer`. A legal answer
+    behind an earlier mark that differs from it makes two answers, and so do two legal answers
+    behind one mark: a teacher that did not decide teaches nothing, and is rejected. Where an answer
+    stands alone, what was thought before it (`<think>` blocks, `reasoning`) is the rationale.
 
     Args:
       completion: the raw text.
       form: what is legal.
       choices: the texts of the choices (a), (b), ...; for kind `choice`.
+      reasoning: what a reasoning model said beside its answer.
+      finish_reason: why the teacher stopped; `length` and `content_filter` tell something.
     """
-    text, is_cut = cut_at_next_exemplar(completion)
-    marks = list(_ANSWER_MARK.finditer(text))
+    if finish_reason == "content_filter":
+        return Parsed(None, None, CONTENT_FILTER)
+    visible, thought = split_thought(completion)
+    text, is_cut = cut_at_next_exemplar(visible)
+    is_whole = finish_reason == "stop" or (
+        finish_reason != "length" and (is_cut or text.endswith(_SENTENCE_END) or not text)
+    )
+    rationale, found, reason = _read_json(text, form, choices) or _read_marks(text, form, choices)
+    if reason in (NO_ANSWER, NO_CHOICE, NO_EQUATION) and not is_whole:
+        reason = TRUNCATED
+    if reason is None and not rationale:
+        rationale = _collapse(reasoning or thought)
+        reason = None if rationale else EMPTY_RATIONALE
+    return Parsed(None, None, reason) if reason else Parsed(rationale, found, None)
+
+
+def split_thought(completion: str) -> tuple[str, str]:
+    """The completion without its `<think>` blocks, and what they hold; a block may lack its end."""
+    thoughts = [match[2].strip() for match in _THOUGHT.finditer(completion)]
+    visible = _THOUGHT.sub("", completion)
+    before, end, after = visible.rpartition("</think>")  # templates put the opening in the prompt
+    if end:
+        thoughts.append(before.strip())
+        visible = after
+    return visible, " ".join(thoughts)
+
+
+def same_answer(first: str, second: str, form: AnswerForm) -> bool:
+    """Whether two legal answers are one: equations by value, other answers by their words."""
+    return is_correct(first, second, _compared_as(form))
+
+
+def _read_marks(
+    text: str, form: AnswerForm, choices: Sequence[str]
+) -> tuple[str, str | None, str | None]:
+    """(rationale, answer, reason) by the words behind which the answer stands."""
+    marks = list(_answer_mark(form.mark).finditer(text))
     if not marks:
-        is_whole = is_cut or text.endswith(_SENTENCE_END) or not text
-        return Parsed(None, None, NO_ANSWER if is_whole else TRUNCATED)
+        return "", None, NO_ANSWER
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     answers = [
         _legal_answer(text[mark.end() : end], form, choices)
         for mark, end in zip(marks, ends, strict=True)
     ]
     answer, reason = answers[-1]
-    if reason in (NO_ANSWER, NO_CHOICE, NO_EQUATION) and not is_cut:
-        reason = reason if text.endswith(_SENTENCE_END) else TRUNCATED
     earlier = [found for found, _ in answers[:-1] if found is not None]
-    if any(not is_correct(found, answer, _compared_as(form)) for found in earlier if answer):
+    if answer and any(not same_answer(found, answer, form) for found in earlier):
         reason = TWO_ANSWERS
-    rationale = _OPENING.sub("", text[: marks[-1].start()])
-    rationale = " ".join(rationale.split())
-    if reason is None and not rationale:
-        reason = EMPTY_RATIONALE
-    return Parsed(None, None, reason) if reason else Parsed(rationale, answer, None)
+    return _collapse(text[: marks[-1].start()]), answer, reason
+
+
+def _read_json(
+    text: str, form: AnswerForm, choices: Sequence[str]
+) -> tuple[str, str | None, str | None] | None:
+    """(rationale, answer, reason) of a completion that is or ends in a JSON object with an answer.
+
+    The text before the object is the rationale where the object has none.
+    """
+    start, end = text.find("{"), text.rfind("}")
+    if not 0 <= start < end:
+        return None
+    try:
+        parts = json.loads(text[start : end + 1])
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(parts, dict):
+        return None
+    parts = {str(key).lower(): value for key, value in parts.items()}
+    answer = next((parts[key] for key in _ANSWER_KEYS if key in parts), None)
+    if not isinstance(answer, (str, int, float)):
+        return None
+    said = next((parts[key] for key in _RATIONALE_KEYS if isinstance(parts.get(key), str)), "")
+    before = re.sub(r"\bjson\s*$", "", text[:start], flags=re.IGNORECASE)  # of a code fence
+    return (_collapse(said or before), *_legal_answer(str(answer), form, choices))
+
+
+@functools.cache
+def _answer_mark(mark: str) -> re.Pattern:
+    """Where answers begin; a declared mark's words count in any case and spacing."""
+    words = [re.escape(word) for word in mark.strip().rstrip(":").split()]
+    if not words or _ANSWER_MARK.fullmatch(mark.strip()):
+        return _ANSWER_MARK
+    return re.compile(r"\s+".join(words) + r"\s*:?", re.IGNORECASE)
+
+
+def _collapse(text: str) -> str:
+    return " ".join(_OPENING.sub("", text).split())
 
 
 def cut_at_next_exemplar(completion: str) -> tuple[str, bool]:
     """The text before a line that begins with `Q:` or `Premise:`, and whether there was one.
 
-    Bold marks and backticks are taken off; the text is stripped.
+    Bold marks, backticks and LaTeX boxes are taken off; the text is stripped.
     """
-    text = _BOLD.sub(r"\1", completion.replace("`", ""))
+    text = _BOXED.sub(r"\1", _BOLD.sub(r"\1", completion.replace("`", "")))
     start = _NEXT_EXEMPLAR.search(text)
     return (text[: start.start()] if start else text).strip(), start is not None
 

@@ -10,7 +10,7 @@ from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE, BatchCounts, count_targe
 from dslt.data.pipeline import TrainStream, eval_inputs, make_vocabulary
 from dslt.data.vocabulary import load_vocabulary
 from dslt.errors import InputError
-from dslt.records import Example, write_rows
+from dslt.records import Example, Rationale, write_rows
 
 
 def open_stream(config, cache_dir, *, seed=0, use_rationales=True):
@@ -80,6 +80,67 @@ def test_with_a_shared_encoder_each_source_comes_once(config, cache_dir, example
         ]
         assert sorted(found) == sorted(expected)
         assert stream.counts(step) == counts_of(batch)
+
+
+@pytest.fixture(scope="module")
+def several_config(config, examples, tmp_path_factory):
+    """Records of which example i has up to i % 4 further rationales, of weight 1/2, 1/3, 1/4."""
+    rows = [
+        dataclasses.replace(
+            example,
+            rationale_weight=0.5,
+            more_rationales=tuple(
+                Rationale(f"{example.rationale} Again, {i}. " * i, weight=1 / (i + 2))
+                for i in range(1, 1 + number % 4)
+            ),
+        )
+        if example.rationale
+        else example
+        for number, example in enumerate(examples)
+    ]
+    path = tmp_path_factory.mktemp("several") / "records.jsonl"
+    write_rows(path, rows)
+    return dataclasses.replace(config, records=(str(path),)), rows
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_all_rationales_of_an_example_come_with_it_and_with_their_weights(
+    several_config, cache_dir, vocabulary, is_shared
+):
+    config, rows = several_config
+    prefixes = {"input_prefix_label": "", "input_prefix_rationale": ""}
+    config = dataclasses.replace(config, **(prefixes if is_shared else {}))
+    stream = open_stream(dataclasses.replace(config, shared_encoder=is_shared), cache_dir)
+    by_id = {f"{row.dataset}/{row.id}": row for row in rows}
+
+    def tokens(text):
+        return (*vocabulary.encode(text), 1)
+
+    for step in range(stream.order.window_batches):
+        batch = stream.batch(step)
+        found = []
+        for row, ids in enumerate(batch.encoder_segment_ids):
+            for segment in range(1, ids.max() + 1):
+                source = tuple(batch.encoder_input_tokens[row][ids == segment].tolist())
+                for role in (ROLE_LABEL, ROLE_RATIONALE):
+                    mine = (batch.decoder_segment_ids[row] == segment) & (
+                        batch.decoder_loss_roles[row] == role
+                    )
+                    if mine.any():
+                        target = tuple(batch.decoder_target_tokens[row][mine].tolist())
+                        (weight,) = set(batch.decoder_loss_weights[row][mine].tolist())
+                        found.append((role, source, target, weight))
+        expected = []
+        for name in stream.examples(step):
+            row = by_id[name]
+            source = tokens(config.input_prefix_label + row.input)
+            expected.append((ROLE_LABEL, source, tokens(row.label), 1.0))
+            source = tokens(config.input_prefix_rationale + row.input)
+            expected += [
+                (ROLE_RATIONALE, source, tokens(each.text), float(np.float32(each.weight)))
+                for each in row.rationales()
+            ]
+        assert sorted(found) == sorted(expected)
 
 
 def test_a_shared_encoder_wants_equal_prefixes(config):

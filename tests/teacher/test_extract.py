@@ -8,13 +8,15 @@ import pytest
 
 from dslt.data import embedded
 from dslt.data.datasets import hold_out_validation, read_released
-from dslt.errors import InputError
 from dslt.metrics import Accuracy
 from dslt.records import Example, read_examples
-from dslt.teacher.extract import extract, format_summary
+from dslt.teacher.extract import ask_teachers, format_summary, write_extraction
+from dslt.teacher.filters import FilterConfig
 from dslt.teacher.parse import NLI, REASONS
+from dslt.teacher.questions import LocalTeacher
 from dslt.teacher.released import read_completions
 from dslt.teacher.scripted import complete
+from dslt.teacher.store import CompletionStore
 
 SHARED_DATA = Path(
     os.environ.get("DSLT_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")
@@ -39,9 +41,18 @@ COMPLETIONS = {
 }
 
 
-def run(directory, completions=COMPLETIONS, examples=PROBLEMS, **options):
-    options = {"teacher": "t", "prompt": "p", **options}
-    return extract(examples, completions, output_dir=directory, **options)
+def run(directory, completions=COMPLETIONS, examples=PROBLEMS, name="t", **options):
+    """Extracts with one local teacher, which gives each example its completion by id."""
+    teacher = LocalTeacher(
+        name,
+        given_prompt="p",
+        complete=lambda example, sample: completions.get(example.id),
+        **options,
+    )
+    rows = range(len(examples))
+    with CompletionStore(directory) as store:
+        questions, _ = ask_teachers(examples, rows, [teacher], store, None)
+        return write_extraction(examples, rows, questions, store, FilterConfig())
 
 
 def read_lines(path):
@@ -65,9 +76,12 @@ def test_every_example_is_kept_and_rejected_completions_teach_nothing(tmp_path):
 def test_rejected_completions_are_listed_whole(tmp_path):
     summary = run(tmp_path)
     assert [json.loads(line) for line in read_lines(summary.rejected_path)] == [
-        {"id": "rejected", "reason": "not an equation", "completion": COMPLETIONS["rejected"]},
+        {
+            "id": "rejected", "teacher": "t", "sample": 0, "reason": "not an equation",
+            "completion": COMPLETIONS["rejected"],
+        },
         {"id": "silent", "reason": "no completion", "completion": None},
-    ]
+    ]  # fmt: skip
 
 
 def test_summary_counts_each_split_and_a_rejected_row_is_a_wrong_one(tmp_path):
@@ -94,17 +108,20 @@ def test_answer_form_can_be_given(tmp_path):
     assert next(read_examples(summary.records_path)).teacher_label == "neutral"
 
 
-def test_same_records_may_be_written_again_and_others_are_refused(tmp_path):
+def test_same_records_are_kept_and_others_set_aside(tmp_path):
     summary = run(tmp_path)
     before = Path(summary.records_path).read_bytes()
-    assert run(tmp_path) == summary
+    assert run(tmp_path) == summary and summary.set_aside is None
     changed = {**COMPLETIONS, "right": "Another reason. The answer is (1 + 1)."}
-    with pytest.raises(InputError, match="never overwritten; choose another output directory"):
-        run(tmp_path, changed)
-    assert Path(summary.records_path).read_bytes() == before
+    other = run(tmp_path, changed)
+    assert Path(other.set_aside).read_bytes() == before
+    assert next(read_examples(other.records_path)).rationale == "Another reason."
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "records.jsonl", "rejected.jsonl", "summary.json",
+        ".lock", "completions.jsonl", Path(other.set_aside).name, "records.jsonl", "rejected.jsonl",
+        "summary.json",
     ]  # fmt: skip
+    again = run(tmp_path)  # and back: what is aside already is the same file
+    assert Path(again.records_path).read_bytes() == before
 
 
 def test_embedded_problems_go_through_with_mistakes_counted(tmp_path):
@@ -128,7 +145,7 @@ def test_embedded_problems_go_through_with_mistakes_counted(tmp_path):
 def test_released_completions_reach_the_teachers_accuracy(tmp_path, dataset, correct, kept):
     examples = read_released(SHARED_DATA / dataset, dataset)
     completions = read_completions(SHARED_DATA / dataset, examples)
-    summary = run(tmp_path, completions, examples, teacher="released")
+    summary = run(tmp_path, completions, examples, name="released")
     assert {split.split: split.accuracy.correct for split in summary.splits} == correct
     assert {split.split: split.kept for split in summary.splits} == kept
     listed = [json.loads(line) for line in read_lines(summary.rejected_path)]

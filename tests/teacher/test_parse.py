@@ -238,3 +238,56 @@ def test_no_text_breaks_the_parser(form):
                  "answer: " + "1 and " * 2000, json.dumps({"answer": "x"}), "*" * 3000,
                  "answer: " + "a b " * 3000):  # fmt: skip
         parse_completion(text, form, CHOICES)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        '{"rationale": "Why.", "answer": "neutral"}',
+        '```json\n{"Explanation": "Why.", "label": "Neutral."}\n```',
+        'Why.\n{"answer": "neutral", "confidence": 0.5}',
+        "<think>Is it? So the answer is entailment.</think>\nWhy. So the answer is neutral.",
+        "Hm, the answer is entailment.</think>Why. So the answer is neutral.",
+        "Why. The final answer is $\\boxed{neutral}$.",
+        "Why.\n\n**Answer**: *neutral*",
+        "Why.\n### Final answer: neutral",
+    ],
+)
+def test_answers_in_json_behind_thoughts_and_in_boxes(completion):
+    parsed = parse_completion(completion, NLI)
+    assert (parsed.answer, parsed.reason) == ("neutral", None)
+    assert parsed.rationale.removesuffix(" ###") == "Why."
+
+
+def test_numbers_in_json_are_answers():
+    parsed = parse_completion('{"reasoning": "Two and two.", "answer": 4}', EQUATION)
+    assert parsed == Parsed("Two and two.", "4", None)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ('{"rationale": "Why.", "answer": "maybe"}', NO_CHOICE),
+        ('{"rationale": "Why.", "answer": ["neutral"]}', NO_ANSWER),
+        ('{"answer": "neutral"}', EMPTY_RATIONALE),
+        ("<think>The answer is neutral.", NO_ANSWER),
+    ],
+)
+def test_what_json_and_thoughts_do_not_say(completion, reason):
+    assert parse_completion(completion, NLI).reason == reason
+
+
+def test_where_an_answer_stands_alone_the_thought_before_it_is_the_rationale():
+    alone = "So the answer is neutral."
+    assert parse_completion(f"<think>\nBecause.\n</think>{alone}", NLI).rationale == "Because."
+    parsed = parse_completion(alone, NLI, reasoning=" Because  so. ")
+    assert parsed == Parsed("Because so.", "neutral", None)
+    spoken = parse_completion(f"Why. {alone}", NLI, reasoning="Because.")
+    assert spoken.rationale == "Why."
+
+
+def test_why_the_teacher_stopped_tells_something():
+    assert parse_completion("Dogs bark.", NLI, finish_reason="length").reason == TRUNCATED
+    assert parse_completion("Dogs bark", NLI, finish_reason="stop").reason == NO_ANSWER
+    filtered = parse_completion("", NLI, finish_reason="content_filter")
+    assert filtered.reason == "content filter"

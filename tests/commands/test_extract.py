@@ -1,0 +1,211 @@
+"""`dslt extract` through the command line, against a server on a real socket."""
+
+import csv
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from dslt.main import main
+from dslt.records import read_examples
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "teacher"))
+from fault_server import serving
+
+pytest.importorskip("openai", reason="the openai library is not installed (extra `teacher`)")
+
+# The README's recipes for a table of one's own.
+NLI_RECIPE = """
+dslt extract --dataset claims --input_file claims.csv --input_column premise
+  --input_column hypothesis --label_column label --prompt nli
+  --teacher endpoint --base_url http://localhost:8000/v1 --model MODEL
+  --samples 3 --max_rationales 2 --retry_with_hint --output_dir runs/claims/records
+"""
+FREE_TEXT_RECIPE = """
+dslt extract --dataset reviews --input_file reviews.csv --input_column review
+  --label_column mood --label entailment --label neutral --label contradiction
+  --teacher endpoint --base_url http://localhost:8000/v1 --model MODEL
+  --output_dir runs/reviews/records
+"""
+LABELS = ("entailment", "neutral", "contradiction")
+
+
+@pytest.fixture(scope="module")
+def base_url():
+    with serving() as url:
+        yield url
+
+
+def run_recipe(recipe, base_url, *more):
+    words = shlex.split(recipe)[1:]
+    return main(
+        [base_url if word == "http://localhost:8000/v1" else word for word in [*words, *more]]
+    )
+
+
+def write_table(path, columns, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def write_claims(path, rows=30):
+    table = [
+        (f"there are {n} cups .", f"there are {n % 7} cups .", LABELS[n % 3]) for n in range(rows)
+    ]
+    write_table(path, ("premise", "hypothesis", "label"), table)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).open()]
+
+
+def test_inference_from_a_table_of_ones_own(tmp_path, base_url, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_claims(tmp_path / "claims.csv")
+    assert run_recipe(NLI_RECIPE, base_url) == 0
+    records = list(read_examples("runs/claims/records/records.jsonl"))
+    assert len(records) == 30 and sum(r.split == "validation" for r in records) == 3
+    assert records[0].input == "premise: there are 0 cups . hypothesis: there are 0 cups ."
+    assert all(r.teacher_label in LABELS and r.teacher == "MODEL" for r in records)
+    hinted = [r for r in records if r.is_hinted or any(m.is_hinted for m in r.more_rationales)]
+    assert hinted and all(r.split == "train" for r in hinted)
+    assert all(r.teacher_label != r.label for r in hinted)
+    prompts = list(Path("runs/claims/records/prompts").iterdir())
+    assert [path.stem for path in prompts] == [records[0].prompt]
+    out = capsys.readouterr().out
+    assert "MODEL: asked" in out and "→ kept" in out
+
+    # Another filter takes what is stored: the server is not needed any more.
+    assert run_recipe(NLI_RECIPE, "http://127.0.0.1:9/v1", "--keep", "gold") == 0
+    out = capsys.readouterr().out
+    assert "sent" not in out and "not the gold answer" in out
+    assert "the records that were here before are now" in out
+
+
+def test_free_text_from_a_table_of_ones_own(tmp_path, base_url, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        (f'It was, "well", {n} times {{input}} good.', LABELS[n % 3] if n % 2 else "")
+        for n in range(20)
+    ]
+    write_table(tmp_path / "reviews.csv", ("review", "mood"), rows)
+    assert run_recipe(FREE_TEXT_RECIPE, base_url) == 0
+    closed = list(read_examples("runs/reviews/records/records.jsonl"))
+    assert sum(r.label is None for r in closed) == 10 and all(r.rationale for r in closed)
+    open_recipe = FREE_TEXT_RECIPE.replace("--label ent", "--name open --label ent")
+    words = shlex.split(open_recipe)
+    while "--label" in words:
+        at = words.index("--label")
+        del words[at : at + 2]
+    assert run_recipe(shlex.join(words), base_url) == 0  # another prompt: asked anew
+    opened = list(read_examples("runs/reviews/records/records.jsonl"))
+    assert {r.teacher for r in opened} == {"open"} and all(r.teacher_label for r in opened)
+    assert opened[0].prompt != closed[0].prompt
+
+
+def test_a_dry_run_shows_the_prompt_and_the_price_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_claims(tmp_path / "claims.csv")
+    prices = ["--price_input", "3", "--price_output", "15"]
+    assert run_recipe(NLI_RECIPE, "http://127.0.0.1:9/v1", "--dry_run", *prices) == 0
+    out = capsys.readouterr().out
+    assert "Q: premise: there are 0 cups . hypothesis: there are 0 cups ." in out
+    assert "requests: 90 for 90 answers" in out and "cost: about 0." in out
+    assert [path.name for path in tmp_path.iterdir()] == ["claims.csv"]
+
+
+def test_shards_are_asked_apart_and_merged(tmp_path, base_url, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_claims(tmp_path / "claims.csv")
+
+    def shard(number):
+        recipe = NLI_RECIPE.replace("runs/claims/records", f"shard{number}")
+        return run_recipe(recipe, base_url, "--shard", f"{number}/3")
+
+    merge = [part for n in (1, 2, 3) for part in ("--merge_from", f"shard{n}")]
+    assert shard(1) == shard(2) == 0
+    assert run_recipe(NLI_RECIPE, base_url, *merge[:4]) == 2
+    assert "finish every shard" in capsys.readouterr().err
+    assert shard(3) == 0
+    assert run_recipe(NLI_RECIPE, base_url, *merge) == 0
+    merged = Path("runs/claims/records/records.jsonl").read_text()
+    assert run_recipe(NLI_RECIPE.replace("runs/claims/records", "whole"), base_url) == 0
+    assert merged == Path("whole/records.jsonl").read_text()
+
+
+def test_the_batch_format_out_and_in(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_claims(tmp_path / "claims.csv", rows=10)
+    recipe = NLI_RECIPE.replace("--retry_with_hint", "")
+    assert run_recipe(recipe, "http://127.0.0.1:9/v1", "--write_batch", "requests.jsonl") == 0
+    requests = rows_of("requests.jsonl")
+    assert len(requests) == 30 and requests[0]["body"]["model"] == "MODEL"
+    message = {"message": {"content": "A cup. So the answer is neutral."}}
+    results = [
+        {
+            "custom_id": row["custom_id"],
+            "response": {"status_code": 200, "body": {"choices": [message]}},
+        }
+        for row in requests[:-3]
+    ]
+    Path("results.jsonl").write_text("\n".join(map(json.dumps, results)))
+    assert run_recipe(recipe, "http://127.0.0.1:9/v1", "--read_batch", "results.jsonl") == 0
+    out = capsys.readouterr().out
+    assert "27 new answers" in out and "3 questions have no answer" in out
+    assert run_recipe(recipe, "http://127.0.0.1:9/v1", "--write_batch", "rest.jsonl") == 0
+    assert [row["custom_id"] for row in rows_of("rest.jsonl")] == [
+        row["custom_id"] for row in requests[-3:]
+    ]
+
+
+def test_several_teachers_side_by_side(tmp_path, capsys):
+    teachers = [
+        {"name": "careful", "weight": 0.75, "samples": 2},
+        {"name": "careless", "weight": 0.25, "mistake_rate": 1.0},
+    ]
+    (tmp_path / "teachers.json").write_text(json.dumps(teachers))
+    sizes = [
+        "--train",
+        "12",
+        "--validation",
+        "0",
+        "--test",
+        "0",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    flags = ["--teacher", "scripted", "--teachers", str(tmp_path / "teachers.json")]
+    assert main(["extract", "--dataset", "facts", *flags, *sizes, "--keep", "legal"]) == 0
+    for record in read_examples(tmp_path / "out" / "records.jsonl"):
+        assert record.teacher_label == record.label
+        assert [(r.teacher, r.weight) for r in record.rationales()] == [
+            ("careful", 0.75), ("careless", 0.25),
+        ]  # fmt: skip
+    assert "careless: asked 12 → answered 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--teacher", "endpoint"], "--model is missing"),
+        (["--teacher", "endpoint", "--model", "m", "--prompt", "x"], "there is no such prompt"),
+        (["--teacher", "endpoint", "--model", "m", "--extra_body", "["], "no JSON"),
+        (
+            ["--teacher", "endpoint", "--model", "m", "--api_key_env", "NO_SUCH"],
+            "NO_SUCH is not set",
+        ),
+        (["--teacher", "scripted", "--shard", "3/2"], "such as 1/4"),
+        (["--teacher", "scripted", "--weight", "-1"], "weight is -1"),
+        (["--teacher", "scripted", "--max_similarity", "2"], "max_similarity is 2.0"),
+        (["--teacher", "scripted", "--teachers", "nowhere.json"], "nowhere.json: cannot be read"),
+    ],
+)
+def test_what_cannot_be_used_is_said_without_a_traceback(
+    tmp_path, capsys, monkeypatch, flags, says
+):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    sizes = ["--train", "3", "--validation", "0", "--test", "0", "--output_dir", str(tmp_path)]
+    assert main(["extract", "--dataset", "facts", *flags, *sizes]) == 2
+    assert says in capsys.readouterr().err
