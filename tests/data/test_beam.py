@@ -1,6 +1,6 @@
 """SeqIO's own caching job (Beam, DirectRunner) on the tasks of the records.
 
-Runs where apache-beam is installed: in an environment of its own, because it wants protobuf 6 (extra
+Runs where apache-beam is installed: in an environment of its own, as it wants protobuf 6 (extra
 `beam`): pip install '.[beam]' pytest && python -m pytest tests/data/test_beam.py
 """
 
