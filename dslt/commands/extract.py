@@ -159,7 +159,7 @@ def extract(args) -> int | None:
     from dslt.teacher import extract as extraction
     from dslt.teacher.batch_files import read_batch, write_batch
     from dslt.teacher.questions import is_in_shard, to_requests
-    from dslt.teacher.store import COMPLETIONS, CompletionStore
+    from dslt.teacher.store import CompletionStore, has_store
 
     if args.shard:
         shard = shards.parse_shard(args.shard)
@@ -171,7 +171,7 @@ def extract(args) -> int | None:
     config, filters = ask_config(args), filter_config(args)
     if args.dry_run:
         questions = extraction.plan_all(examples, rows, teachers)
-        if os_path_exists(args.output_dir, COMPLETIONS):
+        if has_store(args.output_dir):
             with CompletionStore(args.output_dir) as store:
                 questions = extraction.pending(questions, store)
         print(estimate.describe_run(examples, questions, config.prices))
@@ -182,12 +182,12 @@ def extract(args) -> int | None:
         for directory, answers in shards.merge_stores(store, args.merge_from).items():
             print(f"{directory}: {answers:,} answers")
         if args.read_batch:
-            keys = {q.key for q in extraction.plan_all(examples, rows, teachers)}
+            planned = extraction.plan_all(examples, rows, teachers)
             if args.retry_with_hint:
-                planned = extraction.plan_all(examples, rows, teachers)
-                keys |= {q.key for q in extraction.plan_hinted(examples, planned, store)}
-            results = read_batch(args.read_batch, store, keys)
-            print(f"batch results: {results.answers:,} new answers; not used: {results.unused}")
+                planned += extraction.plan_hinted(examples, planned, store)
+            results = read_batch(args.read_batch, store, {question.key for question in planned})
+            unused = ", ".join(f"{cause} {count:,}" for cause, count in results.unused.items())
+            print(f"batch results: {results.answers:,} new answers; not used: {unused or 'none'}")
         questions, stats = extraction.ask_teachers(
             examples, rows, teachers, store, None if is_silent else config, args.retry_with_hint
         )
@@ -215,12 +215,6 @@ def extract(args) -> int | None:
         )
     print(f"records: {summary.records_path}")
     return 0
-
-
-def os_path_exists(directory: str, name: str) -> bool:
-    import os
-
-    return os.path.exists(os.path.join(directory, name))
 
 
 def say_what_was_found(store) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from dslt.errors import InputError
 from dslt.teacher.questions import Question
-from dslt.teacher.store import CompletionStore
+from dslt.teacher.store import CompletionStore, has_store
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -30,7 +30,7 @@ def merge_stores(
     """
     taken = {}
     for directory in directories:
-        if not os.path.exists(os.path.join(directory, "completions.jsonl")):
+        if not has_store(directory):
             raise InputError(
                 f"{directory}: has no completions.jsonl; expected the --output_dir of a shard"
             )

@@ -182,6 +182,11 @@ class CompletionStore:
             raise ValueError(f"event {event!r}")
 
 
+def has_store(directory: str | os.PathLike) -> bool:
+    """Whether a directory holds completions."""
+    return (Path(directory) / COMPLETIONS).exists()
+
+
 def _lock(path: Path) -> int:
     """Locks a directory for this process; returns the descriptor that holds the lock."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

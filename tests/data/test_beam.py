@@ -1,14 +1,16 @@
 """SeqIO's own caching job (Beam, DirectRunner) on the tasks of the records.
 
-Runs where apache-beam is installed: in an environment of its own, as it wants protobuf 6 (extra
-`beam`): pip install '.[beam]' pytest && python -m pytest tests/data/test_beam.py
+Runs where apache-beam is installed: in an environment of its own, of which
+tests/data/beam_requirements.txt says how it is made.
 """
 
 import dataclasses
 
 import pytest
 
-beam = pytest.importorskip("apache_beam", reason="apache-beam is not installed (extra `beam`)")
+beam = pytest.importorskip(
+    "apache_beam", reason="apache-beam is not installed (see beam_requirements.txt)"
+)
 
 import seqio  # noqa: E402
 from absl import flags  # noqa: E402
