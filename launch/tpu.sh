@@ -163,10 +163,12 @@ execute() { if [[ -n "$dry_run" ]]; then quote "$@"; else "$@"; fi; }
 
 # Words as a shell reads them back. Single quotes, and not printf's %q, for people to read.
 quote() {
-  local word words=() plain='^[A-Za-z0-9_./:=@%+,-]+$' inner="'\\''"
+  local word flag words=() plain='^[A-Za-z0-9_./:=@%+,-]+$' inner="'\\''"
   for word in "$@"; do
+    flag="" # of --flag='a value'
+    if [[ "$word" =~ ^--[a-z-]+= ]]; then flag="${BASH_REMATCH[0]}" && word="${word#"$flag"}"; fi
     if [[ ! "$word" =~ $plain ]]; then word="'${word//\'/$inner}'"; fi
-    words+=("$word")
+    words+=("$flag$word")
   done
   echo "${words[*]}"
 }
@@ -180,7 +182,7 @@ queued_resource() {
 # Sets vm_state (such as READY), vm_type, num_workers and queue_state; empty where there is none.
 # Fails, with the state UNKNOWN, where gcloud cannot say.
 look() {
-  local vm_format='value[separator=" "](state,acceleratorType.basename(),networkEndpoints.len())' found
+  local vm_format='value[separator="|"](state,acceleratorType.basename(),networkEndpoints.len())' found
   vm_state=UNKNOWN vm_type="" num_workers=all queue_state=""
   if [[ -n "$dry_run" ]]; then
     tpu_vm describe "--format=$vm_format"
@@ -190,7 +192,7 @@ look() {
   found="$(describe tpu_vm "$vm_format")" && queue_state="$(describe queued_resource 'value(state.state)')" ||
     return
   vm_state="" num_workers=0
-  read -r vm_state vm_type num_workers <<<"$found" || true
+  IFS="|" read -r vm_state vm_type num_workers <<<"$found" || true
 }
 
 # What gcloud says of it, or nothing where it does not exist.
@@ -210,16 +212,16 @@ look_or_die() {
 
 is_gone() { [[ "$vm_state" =~ ^(|PREEMPTED|TERMINATED|DELETING)$ ]]; }
 
-need_slice() {
-  look_or_die
-  [[ "$vm_state" == READY || -n "$dry_run" ]] ||
-    die "the slice $name in $zone is ${vm_state:-not there}${queue_state:+, and $queue_state in the" \
-      "queue}; expected READY. Make it: bash launch/tpu.sh create; if it was lost: delete it first"
+in_words() { echo "${vm_state:-not there}${queue_state:+, $queue_state in the queue}"; }
+
+check_ready() {
+  [[ "$vm_state" == READY || -n "$dry_run" ]] || die "the slice $name in $zone is $(in_words); expected" \
+    "READY. Make it: bash launch/tpu.sh create; if it was preempted: delete it first"
 }
 
 # One command of tpu_worker.sh on one worker: its number, what goes before, and its arguments.
 on_worker() {
-  tpu_vm ssh "--worker=$1" "${ssh_flags[@]}" "--command=${2}bash tpu_worker.sh $(quote "${@:3}")"
+  tpu_vm ssh "--worker=$1" "${ssh_flags[@]}" "--command=${2}bash tpu_worker.sh$(printf ' %q' "${@:3}")"
 }
 
 # Calls a function with each worker's number, 0 … COUNT - 1, all at once, and ARGS. What each says goes
@@ -257,9 +259,8 @@ create() {
   version="${version:-$(default_version)}"
   look_or_die
   [[ -z "$vm_state$queue_state" || -n "$dry_run" ]] ||
-    die "$name in $zone is there already (${vm_state:-not made yet}${queue_state:+, $queue_state in the" \
-      "queue}); expected none, so that nothing is paid for twice. Use it: bash launch/tpu.sh run;" \
-      "delete it: bash launch/tpu.sh delete; or choose another --name"
+    die "found $name in $zone: $(in_words); expected none, so that nothing is paid for twice. Use it:" \
+      "bash launch/tpu.sh run; delete it: bash launch/tpu.sh delete; or choose another --name"
   make_slice
 }
 
@@ -288,9 +289,8 @@ wait_for_slice() {
       die "the request for $name is $queue_state; expected ACTIVE. See why: gcloud compute tpus" \
         "queued-resources describe $name --zone=$zone --project=$project; then delete and create again"
     ((SECONDS < deadline)) ||
-      die "$name is ${vm_state:-not made yet}${queue_state:+ ($queue_state in the queue)} after" \
-        "$wait_minutes minutes; expected READY. It stays requested: wait on with bash launch/tpu.sh" \
-        "status, or give it up with delete"
+      die "$name is $(in_words) after $wait_minutes minutes; expected READY. It" \
+        "stays requested: see bash launch/tpu.sh status, or give it up with delete"
     sleep "$poll_secs"
   done
   say "$name is READY: $num_workers workers"
@@ -498,9 +498,10 @@ run() {
   pack
   check_bucket
   look_or_die
-  if ! is_gone || ((recreate == 0)); then need_slice; fi
-  [[ -z "$vm_type$slice" || "$vm_type" == "$type" || -n "$dry_run" ]] || is_gone ||
-    die "the slice $name is a $vm_type, but $slice was planned for $type; expected the same"
+  if ! is_gone || ((recreate == 0)); then check_ready; fi
+  if ! is_gone && [[ -n "$type" && -n "$vm_type" && "$type" != "$vm_type" ]]; then
+    die "the slice $name is a $vm_type, but ${slice:---type} says $type; expected the same"
+  fi
   local status
   while true; do
     status="$lost"
@@ -529,9 +530,9 @@ run() {
 fetch_output() {
   mkdir -p "$fetch"
   if [[ -n "$bucket" ]]; then
-    execute gcloud storage cp --recursive "gs://$bucket/${output#"$shared"/}" "$fetch"
+    execute gcloud storage cp "gs://$bucket/${output#"$shared"/}" "$fetch" --recursive
   else
-    execute gcloud compute tpus tpu-vm scp --recurse "$name:$output" "$fetch" --worker=0 \
+    execute gcloud compute tpus tpu-vm scp "$name:$output" "$fetch" --recurse --worker=0 \
       "--zone=$zone" "--project=$project" ${scp_flags[@]+"${scp_flags[@]}"}
   fi
 }
@@ -541,8 +542,7 @@ fetch_output() {
 status() {
   look_or_die
   if [[ -z "$dry_run" ]]; then
-    echo "$name in $zone of $project: ${vm_state:-not there}${vm_type:+, $vm_type}${queue_state:+," \
-      "$queue_state in the queue}"
+    echo "$name in $zone of $project: $(in_words) ${vm_type:+($vm_type)}"
     if [[ "$vm_state" != READY ]]; then return; fi
   fi
   each_worker "$num_workers" on_worker "" state
@@ -550,7 +550,8 @@ status() {
 }
 
 logs() {
-  need_slice
+  look_or_die
+  check_ready
   if [[ "$worker" == all ]]; then
     each_worker "$num_workers" on_worker "" tail 20
     show_each
@@ -568,14 +569,16 @@ show_each() {
 }
 
 stop() {
-  need_slice
+  look_or_die
+  check_ready
   each_worker "$num_workers" on_worker "" stop
   check_failed "stopping failed" "See what runs: bash launch/tpu.sh status"
   say "dslt finishes its step and saves; the slice stays, and is paid for: bash launch/tpu.sh delete"
 }
 
 open_ssh() {
-  need_slice
+  look_or_die
+  check_ready
   if ((${#command[@]})); then
     tpu_vm ssh "--worker=$worker" "${ssh_flags[@]}" "--command=$(quote "${command[@]}")"
   else
