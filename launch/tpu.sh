@@ -135,7 +135,8 @@ read_slice() {
   if [[ -z "$slice" ]]; then return; fi
   local file="$slice"
   [[ -f "$file" ]] || file="$root/gin/$slice"
-  [[ -f "$file" ]] || die "$slice: is no file here and none in gin/; there are: $(cd "$root/gin" && echo slices/*.gin)"
+  [[ -f "$file" ]] || die "$slice: is no file here and none in gin/; there are:" \
+    "$(cd "$root/gin" && echo slices/*.gin)"
   # Its first line: `# T5 v1.1 xl on v5e:4x4 (v5litepod-16), …`
   found="$(sed -n '1s/.*(\(v[0-9a-z]*-[0-9]*\)).*/\1/p' "$file")"
   [[ -n "$found" ]] || die "$file: its first line names no slice; expected such as (v5litepod-16)," \
@@ -146,12 +147,13 @@ read_slice() {
 }
 
 # Source: Google Cloud's page "TPU software versions".
-default_version() {
+choose_version() {
+  if [[ -n "$version" ]]; then return; fi
   case "$type" in
-    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
-    v5p-*) echo v2-alpha-tpuv5 ;;
-    v6e-*) echo v2-alpha-tpuv6e ;;
-    v4-*) echo tpu-ubuntu2204-base ;;
+    v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+    v5p-*) version=v2-alpha-tpuv5 ;;
+    v6e-*) version=v2-alpha-tpuv6e ;;
+    v4-*) version=tpu-ubuntu2204-base ;;
     *) die "--type is '$type'; expected v4-N, v5litepod-N, v5p-N or v6e-N (or give --version too)" ;;
   esac
 }
@@ -173,24 +175,23 @@ quote() {
   echo "${words[*]}"
 }
 
-tpu_vm() { execute gcloud compute tpus tpu-vm "$1" "$name" "--zone=$zone" "--project=$project" "${@:2}"; }
-
-queued_resource() {
-  execute gcloud compute tpus queued-resources "$1" "$name" "--zone=$zone" "--project=$project" "${@:2}"
-}
+tpus() { execute gcloud compute tpus "$1" "$2" "$name" "--zone=$zone" "--project=$project" "${@:3}"; }
+tpu_vm() { tpus tpu-vm "$@"; }
+queued_resource() { tpus queued-resources "$@"; }
 
 # Sets vm_state (such as READY), vm_type, num_workers and queue_state; empty where there is none.
 # Fails, with the state UNKNOWN, where gcloud cannot say.
 look() {
-  local vm_format='value[separator="|"](state,acceleratorType.basename(),networkEndpoints.len())' found
+  local vm_format='value[separator="|"](state,acceleratorType.basename(),networkEndpoints.len())'
+  local queue_format='value(state.state)' found
   vm_state=UNKNOWN vm_type="" num_workers=all queue_state=""
   if [[ -n "$dry_run" ]]; then
     tpu_vm describe "--format=$vm_format"
-    queued_resource describe '--format=value(state.state)'
+    queued_resource describe "--format=$queue_format"
     return
   fi
-  found="$(describe tpu_vm "$vm_format")" && queue_state="$(describe queued_resource 'value(state.state)')" ||
-    return
+  found="$(describe tpu_vm "$vm_format")" || return
+  queue_state="$(describe queued_resource "$queue_format")" || return
   vm_state="" num_workers=0
   IFS="|" read -r vm_state vm_type num_workers <<<"$found" || true
 }
@@ -221,11 +222,12 @@ check_ready() {
 
 # One command of tpu_worker.sh on one worker: its number, what goes before, and its arguments.
 on_worker() {
-  tpu_vm ssh "--worker=$1" "${ssh_flags[@]}" "--command=${2}bash tpu_worker.sh$(printf ' %q' "${@:3}")"
+  local command="${2}bash tpu_worker.sh$(printf ' %q' "${@:3}")"
+  tpu_vm ssh "--worker=$1" "${ssh_flags[@]}" "--command=$command"
 }
 
-# Calls a function with each worker's number, 0 … COUNT - 1, all at once, and ARGS. What each says goes
-# to $scratch/N.out and N.err. Sets failed: the workers where it did not work.
+# Calls a function with each worker's number, 0 … COUNT - 1, all at once, and ARGS. What each says
+# goes to $scratch/N.out and N.err. Sets failed: the workers where it did not work.
 each_worker() {
   local count="$1" i pids=()
   shift
@@ -255,8 +257,9 @@ check_failed() {
 # --- create, delete
 
 create() {
-  [[ -n "$type" ]] || die "found no accelerator type; give --slice slices/… or --type such as v5litepod-16"
-  version="${version:-$(default_version)}"
+  [[ -n "$type" ]] || die "found no accelerator type; give --slice slices/…, or --type such as" \
+    "v5litepod-16"
+  choose_version
   look_or_die
   [[ -z "$vm_state$queue_state" || -n "$dry_run" ]] ||
     die "found $name in $zone: $(in_words); expected none, so that nothing is paid for twice. Use it:" \
@@ -330,8 +333,10 @@ check_command() {
   [[ -z "$output" || -n "$bucket$filestore" ]] ||
     die "the command writes to $output; give the --bucket or the --filestore that $shared shall be"
   [[ -z "$fetch" || -n "$output" ]] || die "--fetch: the command has no --run_dir or --output_dir"
-  [[ "$recreate" == 0 || -n "$type" ]] ||
-    die "--recreate needs to know what to make: give --slice or --type, and --spot or --queued as in create"
+  if ((recreate == 0)); then return; fi
+  [[ -n "$type" ]] || die "--recreate needs to know what to make: give --slice or --type, and --spot" \
+    "or --queued as in create"
+  choose_version
 }
 
 # A bucket without folders renames a directory object by object, and a checkpoint is a directory that
@@ -468,17 +473,19 @@ judge() {
   while true; do
     each_worker "$num_runners" on_worker "" state
     if ((${#failed[@]})); then check_there || return; fi
-    if ! grep -qs '^running' "$scratch"/[0-9]*.out || ((SECONDS >= deadline)); then break; fi
+    if ((SECONDS >= deadline)); then break; fi
+    if ((${#failed[@]} == 0)) && ! grep -qs '^running' "$scratch"/[0-9]*.out; then break; fi
     sleep "$poll_secs"
   done
   for ((i = 0; i < num_runners; i++)); do
     read -r state status when <"$scratch/$i.out" || state="does not answer"
     case "$state" in
-      ended) if ((status == 0)); then continue; fi && state="ended with status $status" ;;
-      running) status=1 when="$(date +%s%N)" state="still runs, a minute after worker 0 ended" ;;
+      ended) state="ended with status $status" ;;
+      running) status=1 when="$(date +%s)999999999" state="still runs, a minute after worker 0" ;;
       lost) status=1 when=0 state="was killed, or rebooted" ;; # what others say follows from it
       *) status=1 when=0 ;;
     esac
+    if ((status == 0)); then continue; fi
     if [[ -z "$first" ]] || ((when < first_when)); then
       first="$i" first_status="$status" first_when="$when"
       echo "worker $i $state" >"$scratch/verdict"
@@ -498,6 +505,9 @@ run() {
   pack
   check_bucket
   look_or_die
+  if [[ -z "$dry_run" && "$queue_state" =~ ^(CREATING|ACCEPTED|PROVISIONING|WAITING) ]]; then
+    wait_for_slice
+  fi
   if ! is_gone || ((recreate == 0)); then check_ready; fi
   if ! is_gone && [[ -n "$type" && -n "$vm_type" && "$type" != "$vm_type" ]]; then
     die "the slice $name is a $vm_type, but ${slice:---type} says $type; expected the same"
@@ -556,7 +566,7 @@ logs() {
     each_worker "$num_workers" on_worker "" tail 20
     show_each
   else
-    follow "$worker"
+    follow "$worker" || die "the slice is gone: $(in_words)"
   fi
 }
 

@@ -96,6 +96,7 @@ def create(plain: list[str], flags: dict) -> int:
         print("ERROR: (gcloud) ALREADY_EXISTS", file=sys.stderr)
         return 1
     assert Path(flags["metadata-from-file"].removeprefix("startup-script=")).is_file()
+    assert flags.get("version") or flags.get("runtime-version")
     workers = int((WORLD / "num_workers").read_text())
     found = {"state": "READY", "type": flags["accelerator-type"], "workers": workers}
     (WORLD / "vm.json").write_text(json.dumps(found))

@@ -488,6 +488,15 @@ def test_a_preempted_slice_is_made_again_and_the_run_resumed(world):
     assert not (world.path / "vm.json").exists()
 
 
+def test_a_run_waits_for_a_slice_that_stands_in_line(world):
+    """It is not asked for again, which would lose its place."""
+    world.program("print('it runs')")
+    world.faults({"on": "tpu-vm describe", "skip": 3, "vm": "READY", "queue": "ACTIVE"})
+    world.tpu("create", "--type", "v5litepod-16", "--queued", "--wait_minutes", "0")
+    assert world.run("--recreate", "1").out == "it runs\n"
+    assert len(world.calls("queued-resources create")) == 1 and not world.calls("delete")
+
+
 def test_a_preemption_too_many_says_what_next(slice_of_two):
     world = slice_of_two
     world.program(RESUMING)
