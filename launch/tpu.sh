@@ -9,8 +9,8 @@
 #
 # create  makes the slice, and refuses to make it twice
 # run     copies the code at a commit to every worker, installs it there (what is installed already
-#         is not again), runs the dslt command on all of them and follows worker 0's log. Ctrl-C stops
-#         following, not the job. train and evaluate run on every worker, with --distributed where
+#         is not again), runs the dslt command on all of them and follows worker 0's log. Ctrl-C ends
+#         the following, not the job. train and evaluate run on every worker, with --distributed where
 #         there are several; other commands on worker 0.
 # status  the slice's state and each worker's
 # logs    follows the log of --worker; with `--worker all`, prints the last lines of each
@@ -222,8 +222,9 @@ check_ready() {
 
 # One command of tpu_worker.sh on one worker: its number, what goes before, and its arguments.
 on_worker() {
-  local command="${2}bash tpu_worker.sh$(printf ' %q' "${@:3}")"
-  tpu_vm ssh "--worker=$1" "${ssh_flags[@]}" "--command=$command"
+  local there
+  there="${2}bash tpu_worker.sh$(printf ' %q' "${@:3}")"
+  tpu_vm ssh "--worker=$1" "${ssh_flags[@]}" "--command=$there"
 }
 
 # Calls a function with each worker's number, 0 … COUNT - 1, all at once, and ARGS. What each says

@@ -142,7 +142,7 @@ attend() {
   PYTHONUNBUFFERED=1 python -m dslt.main "$@" &
   local child=$! status is_interrupted
   trap 'is_interrupted=1; kill -TERM "$child" 2>/dev/null || true' TERM
-  while heartbeat; do sleep 30; done &
+  while kill -0 $$ 2>/dev/null && heartbeat; do sleep "${DSLT_HEARTBEAT_SECS:-30}"; done & # not longer than this lives
   local beats=$!
   echo $$ >"$job/pid.partial"
   mv "$job/pid.partial" "$job/pid"

@@ -103,6 +103,7 @@ class World:
             "PATH": f"{self.path / 'bin'}:{os.environ['PATH']}",
             "DSLT_SHARED": str(self.shared),
             "DSLT_TPU_POLL_SECS": "0.1",
+            "DSLT_HEARTBEAT_SECS": "0.1",
             "DSLT_TPU_NAME": "paper",
             "DSLT_TPU_ZONE": "us-west4-a",
             "DSLT_TPU_PROJECT": "my-project",
@@ -672,14 +673,19 @@ def test_a_slice_in_use_stays(tmp_path):
     assert run_idle(tmp_path / "job") == []
 
 
-def test_a_job_counts_as_use(slice_of_two):
+def test_a_job_counts_as_use_no_longer_than_it_lives(slice_of_two):
+    """Killed with the script that attends it, too: the slice would never be idle again."""
     world = slice_of_two
     (world.path / "heartbeats").mkdir()
-    world.program("time.sleep(0.1)")
+    world.program("import signal\ntime.sleep(0.3)\nos.kill(os.getppid(), signal.SIGKILL)")
     before = time.time() - 1
-    assert world.run().status == 0
+    assert world.run().status == 1
     (heartbeat,) = (world.path / "heartbeats").iterdir()
     assert heartbeat.name == str(os.getuid()) and heartbeat.stat().st_mtime > before
+    time.sleep(0.3)
+    last = heartbeat.stat().st_mtime
+    time.sleep(0.3)
+    assert heartbeat.stat().st_mtime == last
 
 
 # --- the real thing, but for the TPU
