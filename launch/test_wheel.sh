@@ -42,6 +42,6 @@ for python in "${@:-python3}"; do
       "all of them in $scratch.log" >&2
     exit 1
   }
-  tail -n 5 "$scratch.log"
+  tail -n 4 "$scratch.log" | cut -c 1-100
 done
 rm -f "$scratch.log"
