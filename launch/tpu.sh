@@ -539,7 +539,7 @@ run() {
 }
 
 fetch_output() {
-  mkdir -p "$fetch"
+  execute mkdir -p "$fetch"
   if [[ -n "$bucket" ]]; then
     execute gcloud storage cp "gs://$bucket/${output#"$shared"/}" "$fetch" --recursive
   else

@@ -211,6 +211,7 @@ DRY_RUNS = {
         "--run_dir=WORLD/shared/x --gin a.b\\ =\\ 1 --distributed'",
         f"{SSH % 0} --command='bash tpu_worker.sh poll 0'",
         f"{SSH % 'all'} --command='bash tpu_worker.sh state'",
+        "mkdir -p out",
         "gcloud storage cp gs://my-bucket/x out --recursive",
         *LOOK,
         f"gcloud compute tpus tpu-vm delete paper {WHERE} --quiet",
