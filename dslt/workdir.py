@@ -32,6 +32,14 @@ class RunDir:
 
     path: Path
 
+    def __post_init__(self):
+        scheme, separator, rest = str(self.path).partition(":/")  # Path takes one slash away
+        if separator and scheme.isalnum() and len(scheme) > 1:
+            raise InputError(
+                f"{scheme}://{rest}: a run's directory is a plain path; mount the bucket (gcsfuse "
+                "BUCKET DIRECTORY) and name the directory there, as launch/tpu.sh does"
+            )
+
     @property
     def config(self) -> Path:
         return self.path / "config.gin"

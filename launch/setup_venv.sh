@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: leaves an activated .venv with the project in it, in the
 # repository's root. PYTHON chooses the interpreter of a new one; EXTRAS, such as "test" or
 # "test,parity", what is installed beside the project. Installs again when setup.py has changed.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
 if [[ ! -x .venv/bin/pip ]]; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "found $("${PYTHON:-python3}" --version 2>&1); dslt needs Python 3.11 or later: set PYTHON to one" >&2

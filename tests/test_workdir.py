@@ -1,5 +1,7 @@
 """What a run's directory holds, and that a resumed run's metrics have each step once."""
 
+from pathlib import Path
+
 import pytest
 
 from dslt.errors import InputError
@@ -22,6 +24,14 @@ def test_a_resumed_run_rewrites_the_rows_after_its_checkpoint(tmp_path):
         {"step": 2, "loss": 2.0},
         {"step": 3, "loss": 30.0},
     ]
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_buckets_address_is_no_directory(path):
+    """A directory `gs:` would be made here, and nothing would be in the bucket."""
+    with pytest.raises(InputError, match=f"^{path}: a run's directory is a plain path; mount"):
+        RunDir(Path(path))
+    assert RunDir(Path("a/gs:/x")).path == Path("a/gs:/x")
 
 
 def test_info_keeps_the_fields_that_are_not_set_again(tmp_path):
