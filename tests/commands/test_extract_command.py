@@ -209,3 +209,16 @@ def test_what_cannot_be_used_is_said_without_a_traceback(
     sizes = ["--train", "3", "--validation", "0", "--test", "0", "--output_dir", str(tmp_path)]
     assert main(["extract", "--dataset", "facts", *flags, *sizes]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_what_is_not_asked_about_stays_in_the_records(tmp_path, capsys):
+    sizes = ["--train", "9", "--validation", "3", "--test", "3", "--output_dir", str(tmp_path)]
+    flags = ["--teacher", "scripted", "--limit", "5", "--ask_split", "train"]
+    assert main(["extract", "--dataset", "facts", *flags, *sizes]) == 0
+    records = list(read_examples(tmp_path / "records.jsonl"))
+    assert [bool(r.rationale) for r in records] == [True] * 5 + [False] * 10
+    assert all(r.label for r in records)
+    splits = json.loads((tmp_path / "summary.json").read_text())["splits"]
+    assert [(s["not_asked"], s["accuracy"]["total"]) for s in splits] == [(4, 5), (3, 0), (3, 0)]
+    assert not (tmp_path / "rejected.jsonl").read_text()
+    assert "4 not asked" in capsys.readouterr().out
