@@ -26,6 +26,8 @@ TARGET_MULTIPLE = 8
 SHORTEST = 32
 FREE_SHARE = 16  # look at the slots when one in so many is free
 ENCODED_SHARE = 4  # encode one in so many slots at a time
+KEPT_SHARE = 4  # at the end go on with one in so many slots, once no more of them are live,
+FEWEST_ROWS = 4  # down to so many: every number of rows is a compilation too
 
 
 class DecodingParams(NamedTuple):
@@ -52,6 +54,7 @@ class ContinuousDecoder:
             decode.run, static_argnames=("graphdef", "config"), donate_argnames="slots"
         )
         self._refill = jax.jit(decode.refill, donate_argnames="slots")
+        self._keep_rows = jax.jit(decode.keep_rows)
         self._resize_cache = jax.jit(decode.resize_cache, static_argnames="cache_length")
         self._widen_sources = jax.jit(decode.widen_sources, static_argnames="source_length")
         self._score = jax.jit(score_answers, static_argnames="graphdef")
@@ -154,7 +157,16 @@ class ContinuousDecoder:
                 free, encoded, taken = free[count:], encoded[count:], taken + count
             if (index_of_slot < 0).all():
                 return outputs
-            stop_at = rows - max(rows // FREE_SHARE, 1) if waiting or encoded else 0
+            if waiting or encoded:
+                stop_at = rows - max(rows // FREE_SHARE, 1)
+            else:  # the last and longest ones: a step of few rows is quicker
+                fewer = _round_up(max(rows // KEPT_SHARE, FEWEST_ROWS), self.multiple)
+                if (index_of_slot >= 0).sum() <= fewer < rows:
+                    kept = np.argsort(index_of_slot < 0, stable=True)[:fewer].astype(np.int32)
+                    slots, index_of_slot = self._keep_rows(slots, kept), index_of_slot[kept]
+                    rows = fewer
+                    continue
+                stop_at = fewer if fewer < rows else 0
             slots = self._run(*params, slots, stop_at, graphdef=self._graphdef, config=config)
             is_live, lengths, tokens = jax.device_get(
                 (slots.is_live, slots.lengths, decode.decoded_tokens(slots))

@@ -280,6 +280,13 @@ def refill(
     )
 
 
+def keep_rows(slots: Slots, kept: jax.Array) -> Slots:
+    """The slots `kept` [R] int32 alone, in this order."""
+    rows = slots._replace(step=None)
+    rows = jax.tree.map(lambda array: split_rows(jnp.take(array, kept, axis=0)), rows)
+    return rows._replace(step=slots.step)
+
+
 def resize_cache(slots: Slots, cache_length: int) -> Slots:
     """The same slots with another number N of columns; no less than a live row has filled."""
     old_length = slots.can_see.shape[2]
