@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dslt.core import sharding
+from dslt.core import continuous, sharding
 from dslt.core.answers import score_answers
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.core.continuous import ContinuousDecoder, kept_length, pad_answers, pad_rows
@@ -69,6 +69,21 @@ def test_refilled_slots_decode_what_a_batch_does(golden_t5, inputs, decoder, con
     lengths = [len(row) for row in found]
     # The test would see rows swapped, a slot not cleared, a cache that does not grow or turn.
     assert len(set(lengths)) > 5 and max(lengths) > 32 and sum(lengths) > 4 * MAX_LENGTH
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_last_rows_go_on_in_a_smaller_batch(golden_t5, inputs, monkeypatch, config):
+    """Of eight slots two remain, then one; nothing that is decoded changes."""
+    monkeypatch.setattr(continuous, "FEWEST_ROWS", 1)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    decoder = ContinuousDecoder(golden_t5[0], mesh, rows=8)
+    kept = []
+    keep_rows = decoder._keep_rows
+    decoder._keep_rows = lambda slots, rows: kept.append(len(rows)) or keep_rows(slots, rows)
+    params = decoder.prepare(golden_t5[1])
+    found = decoder(params, inputs, config=config, max_length=MAX_LENGTH)
+    assert found == in_one_batch(golden_t5, inputs, config)
+    assert kept == [2, 1]
 
 
 def test_fewer_inputs_than_slots_and_inputs_again_change_nothing(golden_t5, inputs, decoder):
