@@ -26,7 +26,8 @@ MIN_WINDOW_BATCHES = 8
 MAX_WINDOW_BATCHES = 128
 MIXTURE_CYCLE = 65_536  # positions after which a mixture's pattern repeats; rates round to 1/65,536
 
-SOURCE_LENGTH = 512  # what a suggested row's source length is near
+SOURCE_LENGTHS = (256, 384, 512)  # what a suggested row's source length is near
+SHORT_ROWS_WASTE = 0.03  # room that may be lost for shorter rows
 LENGTH_MULTIPLE = 8
 SHAPE_WINDOWS = 64  # how many windows' loads a suggestion looks at
 TRIED_WINDOWS = 4  # how many of them, the heaviest, it packs
@@ -232,9 +233,10 @@ def suggest_row_shape(
 ) -> RowShape:
     """The row shape that fills both sides: a function of the data and the batch, not of the seed.
 
-    The number of rows follows from a source length near 512 (longer where single segments are long)
-    or from the lengths that are given. Free lengths are then the least multiples of 8 with which
-    the heaviest of the first 64 windows are packed without a rest.
+    The number of rows follows from a source length near one of SOURCE_LENGTHS (longer where single
+    segments are long) or from the lengths that are given. Free lengths are then the least multiples
+    of 8 with which the heaviest of the first 64 windows are packed without a rest. Of shapes that
+    hold nearly as little room the shortest is taken: attention costs least over it.
 
     Args:
       order: the pairs' order; its seed plays no role.
@@ -254,28 +256,38 @@ def suggest_row_shape(
     given = [source_length, target_length]
     _check_given_lengths(given, longest)
 
-    rows = _first_rows(load, given, longest)
-    while True:
-        sides = [
-            size or _round_up(need)
-            for size, need in zip(given, load / rows * (1 + SPARED), strict=True)
-        ]
-        sides = [max(side, _round_up(need)) for side, need in zip(sides, longest, strict=True)]
-        while not _packs(tried, RowShape(rows, *sides), order.window_batches):
-            side = _tighter_side(load / rows, sides, given)
-            if side is None:
-                break
-            sides[side] += LENGTH_MULTIPLE
-        else:
-            return _shrink(tried, RowShape(rows, *sides), order.window_batches, given, longest)
-        rows += 1
+    def lengthen(rows: int) -> RowShape:
+        """The shape of at least so many rows that packs all that is tried."""
+        while True:
+            sides = [
+                size or _round_up(need)
+                for size, need in zip(given, load / rows * (1 + SPARED), strict=True)
+            ]
+            sides = [max(side, _round_up(need)) for side, need in zip(sides, longest, strict=True)]
+            while not _packs(tried, RowShape(rows, *sides), order.window_batches):
+                side = _tighter_side(load / rows, sides, given)
+                if side is None:
+                    break
+                sides[side] += LENGTH_MULTIPLE
+            else:
+                shape = RowShape(rows, *sides)
+                return _shrink(tried, shape, order.window_batches, given, longest)
+            rows += 1
+
+    first_rows = {_first_rows(load, given, longest, near): None for near in SOURCE_LENGTHS}
+    shapes = [lengthen(rows) for rows in first_rows]
+    room = [shape.rows * (shape.source_length + shape.target_length) for shape in shapes]
+    least = min(room) * (1 + SHORT_ROWS_WASTE)
+    return next(shape for shape, cells in zip(shapes, room, strict=True) if cells <= least)
 
 
-def _first_rows(load: np.ndarray, given: list[int | None], longest: np.ndarray) -> int:
+def _first_rows(
+    load: np.ndarray, given: list[int | None], longest: np.ndarray, source_length: int
+) -> int:
     """The rows to begin with: the count near the wanted one where rounding to 8 wastes least."""
     if any(given):
         return max(int(-(-need // size)) for need, size in zip(load, given, strict=True) if size)
-    wanted = min(load[0] / SOURCE_LENGTH, *(load / longest / MIN_ROW_SEGMENTS))
+    wanted = min(load[0] / source_length, *(load / longest / MIN_ROW_SEGMENTS))
     rows = max(1, round(wanted))
     near = [n for n in (rows, rows - 1, rows + 1) if 0.75 * n < wanted < 1.25 * n]
     return min(near or [rows], key=lambda n: n * sum(_round_up(need / n) for need in load))
