@@ -13,6 +13,7 @@ where two programs are compared, of ratios between neighbours in time.
 
 import collections
 import dataclasses
+import itertools
 import re
 import tempfile
 import time
@@ -181,11 +182,20 @@ def _input_secs(batch: Callable[[int], Batch], steps: int) -> Times:
 def _step_secs(step: StepBench, batches: Sequence[Batch], reference) -> tuple[Times, Times | None]:
     """Seconds of each step and, where there is a reference, of its step on the same examples.
 
-    The first batch is a warm-up.
+    A measured step follows one of the same program, on the batch before, as it does in training:
+    a program that has just taken its turn finds the other's threads and caches.
     """
     programs = [step] if reference is None else [step, reference]
-    rounds = [[program.run(batch) for program in programs] for batch in batches]
-    ours, *theirs = (Times(column[1:]) for column in zip(*rounds, strict=True))
+
+    def second_step(program, before: Batch, batch: Batch) -> float:
+        program.run(before)
+        return program.run(batch)
+
+    rounds = [
+        [second_step(program, *pair) for program in programs]
+        for pair in itertools.pairwise(batches)
+    ]
+    ours, *theirs = (Times(column) for column in zip(*rounds, strict=True))
     return ours, theirs[0] if theirs else None
 
 
