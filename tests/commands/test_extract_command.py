@@ -32,6 +32,12 @@ dslt extract --dataset reviews --input_file reviews.csv --input_column review
 LABELS = ("entailment", "neutral", "contradiction")
 
 
+@pytest.mark.parametrize("recipe", [NLI_RECIPE, FREE_TEXT_RECIPE])
+def test_the_recipes_are_those_of_the_readme(recipe):
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    assert " ".join(recipe.split()) in " ".join(readme.replace("\\\n", " ").split())
+
+
 @pytest.fixture(scope="module")
 def base_url():
     with serving() as url:
