@@ -205,6 +205,22 @@ def answer(
     return [decode_text(row) for row in tokens], None
 
 
+def explain(
+    decoder: Decoder,
+    inputs: Sequence[np.ndarray],
+    config: EvalConfig,
+    decode_text: Callable[[Sequence[int]], str],
+    start_id: int = PAD_ID,
+) -> list[str]:
+    """The student's rationale for each input, the tokens of the rationale task.
+
+    `start_id` is the decoder's first input.
+    """
+    length = config.max_rationale_length
+    tokens = decoder(inputs, length, "rationales", config, start_id=start_id)
+    return [decode_text(row) for row in tokens]
+
+
 def predict(
     decoder: Decoder,
     examples: Sequence[EvalInput],
@@ -219,14 +235,7 @@ def predict(
     rationales: list[str | None] = [None] * len(examples)
     if config.with_rationales:
         inputs = [e.rationale_input_tokens for e in examples]
-        decoded = decoder(
-            inputs,
-            config.max_rationale_length,
-            "rationales",
-            config,
-            start_id=rationale_start_id,
-        )
-        rationales = [decode_text(tokens) for tokens in decoded]
+        rationales = explain(decoder, inputs, config, decode_text, rationale_start_id)
     predictions = [
         to_prediction(e.example, label, rationale)
         for e, label, rationale in zip(examples, labels, rationales, strict=True)
@@ -377,10 +386,8 @@ def _unjudged_steps(run: RunDir, poll_secs: float | None) -> Iterator[int]:
     """Steps of checkpoints without an evaluation, ascending; polls for more if told to."""
     seen = {row["step"] for row in read_json_rows(run.evaluations)}
     while True:
-        is_over = run.state() in (
-            "finished",
-            "stopped",
-        )  # asked first: no last checkpoint is missed
+        # asked before the listing, so that no last checkpoint is missed
+        is_over = run.state() in ("finished", "stopped")
         found = [step for step in finished_steps(run.checkpoints) if step not in seen]
         if found:
             seen.add(found[0])

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from dslt.errors import InputError
+from dslt.files import replacing
 
 SPLITS = ("train", "validation", "test")
 ANSWER_FORMS = ("text", "equation")
@@ -170,15 +171,11 @@ def read_predictions(path: str | os.PathLike) -> Iterator[Prediction]:
 
 def write_rows(path: str | os.PathLike, rows: Iterable[Example | Prediction]) -> int:
     """Writes rows as JSONL and returns their number; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for row in rows:
             file.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
             count += 1
-    partial.replace(path)
     return count
 
 

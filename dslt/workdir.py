@@ -22,6 +22,7 @@ from pathlib import Path
 
 from dslt import __version__
 from dslt.errors import InputError
+from dslt.files import write_text
 
 _VERSIONED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 
@@ -181,10 +182,7 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, value: dict) -> None:
     """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json_rows(path: Path) -> list[dict]:
@@ -200,7 +198,4 @@ def read_json_rows(path: Path) -> list[dict]:
 
 def write_json_rows(path: Path, rows: list[dict]) -> None:
     """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

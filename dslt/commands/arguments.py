@@ -1,6 +1,7 @@
 """What the subcommands' arguments share."""
 
 import argparse
+import dataclasses
 
 from dslt.errors import InputError
 
@@ -42,6 +43,12 @@ def positive(text: str) -> int:
     if value < 1:
         raise ValueError(text)
     return value
+
+
+def fields_of(args, config_class: type) -> dict:
+    """The arguments that are named as fields of a dataclass."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def require(args, name: str) -> str:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dslt.commands.arguments import add_command, positive, require
+from dslt.commands.arguments import add_command, fields_of, positive, require
 from dslt.commands.processes import INTERRUPTED
 from dslt.errors import InputError
 
@@ -290,27 +290,14 @@ def make_teacher(args, examples: list):
 def ask_config(args):
     from dslt.teacher.endpoint import AskConfig, Prices
 
-    return AskConfig(
-        concurrency=args.concurrency,
-        requests_per_minute=args.requests_per_minute,
-        tokens_per_minute=args.tokens_per_minute,
-        timeout_secs=args.timeout_secs,
-        max_attempts=args.max_attempts,
-        prices=Prices(args.price_input, args.price_output),
-    )
+    prices = Prices(args.price_input, args.price_output)
+    return AskConfig(**fields_of(args, AskConfig), prices=prices)
 
 
 def filter_config(args):
     from dslt.teacher.filters import FilterConfig
 
-    return FilterConfig(
-        keep=args.keep,
-        max_rationales=args.max_rationales,
-        min_words=args.min_words,
-        max_words=args.max_words,
-        max_similarity=args.max_similarity,
-        max_question_overlap=args.max_question_overlap,
-    )
+    return FilterConfig(**fields_of(args, FilterConfig))
 
 
 def read_problems(args) -> list:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dslt.commands.arguments import add_command, add_student_flag, positive
+from dslt.commands.arguments import add_command, add_student_flag, fields_of, positive
 from dslt.commands.evaluate import make_answer_sets
 from dslt.commands.students import student_files
 from dslt.errors import InputError
@@ -61,15 +61,13 @@ def add(commands) -> None:
 
 def predict(args) -> None:
     """Prints an object a line: input, prediction, rationale if asked, and the truth if known."""
-    import dataclasses
     import json
 
     from dslt import evaluate as judge
     from dslt.core.sharding import MeshConfig
     from dslt.data.vocabulary import encode_with_eos, load_vocabulary
 
-    fields = {field.name for field in dataclasses.fields(judge.EvalConfig)}
-    given = {name: value for name, value in vars(args).items() if name in fields}
+    given = fields_of(args, judge.EvalConfig)
     if "labels" in given:
         given |= {"labels": tuple(args.labels), "answers": given.get("answers", "likelihood")}
     config = judge.EvalConfig(**given)
@@ -109,14 +107,8 @@ def predict(args) -> None:
         answers["distribution"] = distributions
     if args.rationales:
         inputs = encode(format.input_prefix_rationale)
-        decoded = decoder(
-            inputs,
-            config.max_rationale_length,
-            "rationales",
-            config,
-            start_id=format.rationale_start_id,
-        )
-        answers["rationale"] = [vocabulary.decode(tokens) for tokens in decoded]
+        start_id = format.rationale_start_id
+        answers["rationale"] = judge.explain(decoder, inputs, config, vocabulary.decode, start_id)
     for i, row in enumerate(rows):
         row |= {name: values[i] for name, values in answers.items()}
         if args.format == "jsonl":

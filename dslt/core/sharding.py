@@ -162,7 +162,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def inside(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Traced in it, `split_rows` and `gather_width` place over this mesh; None does nothing."""
+    """Traced in it, `split_rows` and the `gather_*` place over this mesh; None does nothing."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
 
 
@@ -176,7 +176,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), *others))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*batch_spec(), *others))
 
 
 def gather_width(table: jax.Array) -> jax.Array:
@@ -203,10 +203,7 @@ def gather_matrix(matrix: jax.Array, is_split_last: bool) -> jax.Array:
         return matrix
     if is_split_last:
         return gather_matrix(matrix.T, is_split_last=False).T
-    fsdp, tensor = (
-        axis if size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(("fsdp", "tensor"), matrix.shape, strict=True)
-    )
+    fsdp, tensor = _axes_that_fit(mesh, ("fsdp", "tensor"), matrix.shape)
     split = jax.lax.with_sharding_constraint(matrix, PartitionSpec(fsdp, tensor))
     return jax.lax.with_sharding_constraint(split, PartitionSpec(None, tensor))
 
@@ -277,16 +274,19 @@ def partition_spec(mesh, *names: str, shape: tuple[int, ...]) -> PartitionSpec:
     for suffix, axes in PARTITION_RULES.items():
         if names[-len(suffix) :] == suffix and len(shape) in (len(axes), len(axes) + 1):
             axes = (None,) * (len(shape) - len(axes)) + axes
-            # An axis that does not divide its dimension is dropped: small tables stay whole.
-            fits = (
-                axis if axis and dim % mesh.shape[axis] == 0 else None
-                for axis, dim in zip(axes, shape, strict=True)
-            )
-            return PartitionSpec(*fits)
+            return PartitionSpec(*_axes_that_fit(mesh, axes, shape))
     raise InputError(
         f"parameter {'/'.join(names)} of shape {shape} matches no partition rule; add a line to "
         "PARTITION_RULES in dslt/core/sharding.py"
     )
+
+
+def _axes_that_fit(mesh, axes: Sequence[str | None], shape: Sequence[int]) -> list[str | None]:
+    """Drops an axis that does not divide its dimension: small tables stay whole."""
+    return [
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, shape, strict=True)
+    ]
 
 
 def _names(path) -> tuple[str, ...]:

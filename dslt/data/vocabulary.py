@@ -27,6 +27,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.errors import InputError
+from dslt.files import replacing
 
 UNK_ID = 2  # T5's; every trained vocabulary here has it
 NUM_SENTINELS = 100  # T5 appends 100 sentinel ids to a SentencePiece file's pieces
@@ -310,7 +311,5 @@ def _read_bytes(path: Path) -> bytes:
 
 def _write_bytes(path: Path, data: bytes) -> None:
     """Writes a file so that it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    with replacing(path, "wb") as file:
+        file.write(data)

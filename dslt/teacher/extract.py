@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dslt.errors import InputError
+from dslt.files import write_text
 from dslt.metrics import Accuracy, accuracy, is_correct
 from dslt.records import Example, write_rows
 from dslt.teacher.endpoint import AskConfig, AskStats, Prices, ask
@@ -41,6 +42,12 @@ NO_COMPLETION = "no completion"
 RECORDS = "records.jsonl"
 REJECTED = "rejected.jsonl"
 SUMMARY = "summary.json"
+
+UNTAUGHT = {  # the fields that a teacher fills
+    field.name: field.default
+    for field in dataclasses.fields(Example)
+    if field.name not in ("answer_form", "label") and field.default is not dataclasses.MISSING
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +229,7 @@ def write_extraction(
 
     directory = store.directory
     set_aside = write_records(directory / RECORDS, records())
-    _write_text(directory / REJECTED, "".join(rejected))
+    write_text(directory / REJECTED, "".join(rejected))
     answers = [store.answers[key] for key in {q.key for q in questions} if key in store.answers]
     summary = Summary(
         records_path=str(directory / RECORDS),
@@ -234,7 +241,7 @@ def write_extraction(
         input_tokens=sum(answer.input_tokens for answer in answers),
         output_tokens=sum(answer.output_tokens for answer in answers),
     )
-    _write_text(directory / SUMMARY, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    write_text(directory / SUMMARY, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
     return summary
 
 
@@ -342,12 +349,7 @@ def _to_record(
     choice = choose(example, candidates, filters)
     reason_of = {id(q): reason for q, reason in zip(answered, choice.reasons, strict=True)}
     reasons = [reason_of.get(id(question), NO_COMPLETION) for question in questions]
-    untaught = {
-        field.name: field.default
-        for field in dataclasses.fields(Example)
-        if field.name not in ("answer_form", "label") and field.default is not dataclasses.MISSING
-    }
-    bare = dataclasses.replace(example, **untaught)
+    bare = dataclasses.replace(example, **UNTAUGHT)
     if not answered:
         return bare, reasons or [NO_COMPLETION]
     teacher = answered[0].teacher
@@ -440,9 +442,3 @@ def _is_right(record: Example) -> bool | None:
     if record.teacher_label is None:
         return False
     return is_correct(record.teacher_label, record.label, record.answer_form)
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dslt.errors import InputError
+from dslt.files import write_text
 from dslt.teacher.parse import AnswerForm
 
 DIRECTORY = Path(__file__).parents[1] / "prompts"
@@ -158,10 +159,7 @@ def store_prompt(prompt: Prompt, directory: str | os.PathLike) -> Path:
     """Keeps a prompt's file in an output directory, once, under its digest."""
     path = Path(directory) / "prompts" / f"{prompt.digest}.toml"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(prompt.source, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, prompt.source)
     return path
 
 
