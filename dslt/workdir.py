@@ -94,7 +94,8 @@ class RunDir:
 
 @dataclasses.dataclass(frozen=True)
 class StudentFormat:
-    """How to speak to a student: what its inputs begin with and how long they may be, in tokens.
+    """How to speak to a student: what its inputs begin with and how long they may be, in tokens,
+    what a rationale starts with, and what its answer holds.
 
     The defaults are those of DataConfig, for students that come without a student.json.
     """
@@ -104,6 +105,7 @@ class StudentFormat:
     max_input_length: int = 1024
     max_target_length: int = 256
     rationale_start_id: int = 0
+    target_layout: str = "label"
 
     @classmethod
     def read(cls, path: Path) -> "StudentFormat":

@@ -12,8 +12,11 @@ SLICES = sorted(path.name for path in (gin_directory() / "slices").glob("*.gin")
 PROMISED = {
     "distillation.gin": (0.0, "teacher"),
     "fine_tuning.gin": (0.0, "gold"),
+    "label_rationale.gin": (0.0, "gold"),
+    "rationale_label.gin": (0.0, "gold"),
     "step_by_step.gin": (1.0, "gold"),
     "step_by_step_shared.gin": (1.0, "gold"),
+    "step_by_step_shuffled.gin": (1.0, "gold"),
     "step_by_step_teacher.gin": (1.0, "teacher"),
 }
 

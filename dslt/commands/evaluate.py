@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dslt.commands.arguments import add_command, add_gin_flag
 from dslt.commands.processes import add_process_flags, start_processes
+from dslt.commands.students import answer_reader
 from dslt.errors import InputError
 
 
@@ -41,15 +42,17 @@ def evaluate(args) -> None:
     if not run.config.exists():
         raise InputError(f"{run.path}: has no config.gin; expected a directory of `dslt train`")
     configs = config.parse([str(run.config)], args.gin)
+    layout, max_target_length = configs.data.target_layout, configs.data.max_target_length
+    eval_config, read_answer = answer_reader(configs.evaluate, layout, max_target_length)
     vocabulary = load_vocabulary(run.vocabulary)
     counts = count_splits(configs.data)
-    splits = [split for split in configs.evaluate.splits if counts[split]]
-    for split in configs.evaluate.splits:
+    splits = [split for split in eval_config.splits if counts[split]]
+    for split in eval_config.splits:
         if split not in splits:
             print(f"warning: no example is in split {split!r}")
     examples = [
         example
-        for split in splits or configs.evaluate.splits
+        for split in splits or eval_config.splits
         for example in eval_inputs(configs.data, split, vocabulary)
     ]
     truncated = sum(example.is_truncated for example in examples)
@@ -57,18 +60,18 @@ def evaluate(args) -> None:
         print(f"warning: {truncated} of {len(examples)} inputs are cut to max_input_length")
     distributed.check_same("the number of inputs", len(examples))
     answer_sets = None
-    if configs.evaluate.answers != "open":
+    if eval_config.answers != "open":
         answer_sets = make_answer_sets(
             [(f"example {e.example.id!r}", e.example.input) for e in examples],
-            configs.evaluate,
+            eval_config,
             vocabulary,
         )
     rows = judge.evaluate_run(
         run,
-        configs.evaluate,
+        eval_config,
         configs.mesh,
         examples=examples,
-        decode_text=vocabulary.decode,
+        decode_text=lambda tokens: read_answer(vocabulary.decode(tokens)),
         rationale_start_id=configs.data.rationale_start_id,
         answer_sets=answer_sets,
         follow=args.follow,

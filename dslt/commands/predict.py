@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dslt.commands.arguments import add_command, add_student_flag, fields_of, positive
 from dslt.commands.evaluate import make_answer_sets
-from dslt.commands.students import student_files
+from dslt.commands.students import answer_reader, student_files
 from dslt.errors import InputError
 
 STRATEGY_FLAGS = {  # what says nothing to another strategy
@@ -61,6 +61,7 @@ def add(commands) -> None:
 
 def predict(args) -> None:
     """Prints an object a line: input, prediction, rationale if asked, and the truth if known."""
+    import dataclasses
     import json
 
     from dslt import evaluate as judge
@@ -80,6 +81,8 @@ def predict(args) -> None:
             )
     path = Path(args.student)
     format, vocabulary_path = student_files(path)
+    config = dataclasses.replace(config, with_rationales=args.rationales)
+    config, read_answer = answer_reader(config, format.target_layout, format.max_target_length)
     rows = read_inputs(args.input_file, args.split)[: args.limit]
     vocabulary = load_vocabulary(vocabulary_path)
     answer_sets = None
@@ -100,15 +103,19 @@ def predict(args) -> None:
         return [tokens for tokens, _ in encoded]
 
     inputs = encode(format.input_prefix_label)
-    texts, distributions = judge.answer(decoder, inputs, config, vocabulary.decode, answer_sets)
+
+    def decode_text(tokens) -> str:
+        return read_answer(vocabulary.decode(tokens))
+
+    texts, distributions = judge.answer(decoder, inputs, config, decode_text, answer_sets)
     answers = {"prediction": texts}
     if distributions:
         answers["probability"] = [max(row.values()) for row in distributions]
         answers["distribution"] = distributions
-    if args.rationales:
+    if config.with_rationales:
         inputs = encode(format.input_prefix_rationale)
         start_id = format.rationale_start_id
-        answers["rationale"] = judge.explain(decoder, inputs, config, vocabulary.decode, start_id)
+        answers["rationale"] = judge.explain(decoder, inputs, config, decode_text, start_id)
     for i, row in enumerate(rows):
         row |= {name: values[i] for name, values in answers.items()}
         if args.format == "jsonl":

@@ -116,6 +116,7 @@ def describe_run(run, configs, stream, vocabulary) -> None:
         max_input_length=data.max_input_length,
         max_target_length=data.max_target_length,
         rationale_start_id=data.rationale_start_id,
+        target_layout=data.target_layout,
     ).write(run.student)
     run.update_info(
         state="running",

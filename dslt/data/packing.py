@@ -341,6 +341,13 @@ class TokenTable:
     tokens: np.ndarray
     offsets: np.ndarray
 
+    def take(self, entries: np.ndarray) -> "TokenTable":
+        """A copy with these entries [n] in this order."""
+        lengths = np.diff(self.offsets)[entries]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        starts = np.repeat(self.offsets[entries] - offsets[:-1], lengths)
+        return TokenTable(self.tokens[starts + np.arange(offsets[-1])], offsets)
+
 
 def share_sources(segments: Segments, lengths: np.ndarray) -> Segments:
     """Two targets to one source: splits segments that were planned with both targets in a row.

@@ -45,6 +45,7 @@ from dslt.data.packing import (
     share_sources,
     suggest_row_shape,
 )
+from dslt.data.target_layout import LABEL, MARK
 from dslt.data.token_cache import (
     LABEL_TASK,
     RATIONALE_TASK,
@@ -80,6 +81,13 @@ class DataConfig:
       label_source: `gold` or `teacher`, what the train split learns as the label.
       input_prefix_label, input_prefix_rationale: what tells the student the task.
       max_input_length, max_target_length: tokens, EOS included; what is longer is cut and counted.
+      target_layout: `label`, the paper's; or one target of rationale and label, in the order of the
+        name, for ablations (see target_layout.py): then there is no separate rationale task.
+      train_fraction: the share of each dataset's train examples that is learnt from, in (0, 1]. By
+        the run's seed, and a smaller share is a part of a larger one. Other splits stay whole, and
+        so does what the vocabulary is trained on.
+      shuffle_rationales: give every example the rationale of another one: a control, which keeps
+        the text and takes the sense away.
       batch_examples: examples a step, each with its label and what rationales it has.
       source_length, target_length: of a packed row; suggested from the data where None.
       mixture_rates: dataset to rate, for all datasets that train; None: by number of examples.
@@ -96,6 +104,9 @@ class DataConfig:
     input_prefix_rationale: str = "explain: "
     max_input_length: int = 1024
     max_target_length: int = 256
+    target_layout: str = LABEL
+    train_fraction: float = 1.0
+    shuffle_rationales: bool = False
     batch_examples: int = 64
     source_length: int | None = None
     target_length: int | None = None
@@ -110,6 +121,10 @@ class DataConfig:
                 f"{self.input_prefix_label!r} and input_prefix_rationale "
                 f"{self.input_prefix_rationale!r}; expected equal ones, such as '' (both tasks "
                 "read the same source)"
+            )
+        if not 0 < self.train_fraction <= 1:
+            raise InputError(
+                f"DataConfig.train_fraction is {self.train_fraction}; expected above 0, at most 1"
             )
 
     @property
@@ -126,12 +141,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSet:
-    """One dataset's train split: pair i is entry i of the label Task.
+    """What is learnt from one dataset's train split: a pair an example.
 
     Attributes:
       name: the dataset.
       index: of its records file.
       label: inputs and targets of the label Task.
+      label_entry: [pairs] int64, each pair's entry in `label`.
       rationale: those of the rationale Task, or None.
       rationale_entry: [pairs, R] int64, each pair's entries in `rationale`; -1 where it has fewer.
       rationale_weights: [entries] float32, of the entries of `rationale`.
@@ -143,6 +159,7 @@ class TrainSet:
     name: str
     index: RecordsIndex
     label: tuple[TokenTable, TokenTable]
+    label_entry: np.ndarray
     rationale: tuple[TokenTable, TokenTable] | None
     rationale_entry: np.ndarray
     rationale_weights: np.ndarray
@@ -155,10 +172,33 @@ class TrainSet:
         entry = self.rationale_entry
         lengths = np.zeros((len(entry), 1 + entry.shape[1], 2), np.int64)
         for side, table in enumerate(self.label):
-            lengths[:, 0, side] = np.diff(table.offsets)
+            lengths[:, 0, side] = np.diff(table.offsets)[self.label_entry]
         for side, table in enumerate(self.rationale or ()):
             lengths[:, 1:, side] = np.where(entry >= 0, np.diff(table.offsets)[entry], 0)
         return lengths.reshape(len(entry), -1)
+
+    def take_fraction(self, fraction: float, seed: int) -> "TrainSet":
+        """A share of the pairs, at least one, in their order; nested for a seed."""
+        number = len(self.rows)
+        order = np.random.default_rng((seed, number)).permutation(number)
+        kept = np.sort(order[: max(1, round(fraction * number))])
+        return dataclasses.replace(
+            self,
+            label_entry=self.label_entry[kept],
+            rationale_entry=self.rationale_entry[kept],
+            rows=self.rows[kept],
+        )
+
+    def shuffle_rationales(self, seed: int) -> "TrainSet":
+        """Every rationale's target goes to another of these examples; sources stay."""
+        if self.rationale is None:
+            return self
+        entries = np.unique(self.rationale_entry[self.rationale_entry >= 0])
+        order = np.random.default_rng((seed, len(entries))).permutation(entries)
+        source = np.arange(len(self.rationale_weights))
+        source[order] = np.roll(order, 1)  # one cycle: nothing stays where it was
+        inputs, targets = self.rationale
+        return dataclasses.replace(self, rationale=(inputs, targets.take(source)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +235,17 @@ class TrainStream:
           InputError: the settings, a file or the data cannot be used.
         """
         self.vocabulary = vocabulary
+        if use_rationales and config.target_layout != LABEL:
+            raise InputError(
+                f"DataConfig.target_layout is {config.target_layout!r}, one target for label and "
+                "rationale, and the rationale task is asked for as well; expected "
+                f"train.TrainConfig.rationale_weight = 0, or target_layout {LABEL!r}"
+            )
         self._sets = open_train_sets(config, vocabulary, use_rationales)
+        if config.train_fraction < 1:
+            self._sets = [part.take_fraction(config.train_fraction, seed) for part in self._sets]
+        if config.shuffle_rationales:
+            self._sets = [part.shuffle_rationales(seed) for part in self._sets]
         lengths = [train_set.lengths() for train_set in self._sets]
         width = max(part.shape[1] for part in lengths)
         self._lengths = np.concatenate(
@@ -251,7 +301,9 @@ class TrainStream:
             ):
                 index = np.flatnonzero((dataset == number) & (segments.role == role))
                 entry = pairs[index] - self._offsets[number]
-                if role == ROLE_RATIONALE:
+                if role == ROLE_LABEL:
+                    entry = train_set.label_entry[entry]
+                else:
                     entry = train_set.rationale_entry[entry, segments.number[index] - 1]
                     weights[index] = train_set.rationale_weights[entry]
                 if len(index):
@@ -489,6 +541,8 @@ def encode_example(config: DataConfig, example: Example, vocabulary: Vocabulary)
 
 
 def _train_texts(config: DataConfig) -> Iterator[str]:
+    if config.target_layout != LABEL:
+        yield MARK[config.target_layout]
     for path in _records_paths(config):
         for example in read_examples(path):
             if example.split != "train":
@@ -537,6 +591,7 @@ def _open_train_set(
         name=name,
         index=index,
         label=(label.inputs, label.targets),
+        label_entry=np.arange(len(label.rows)),
         rationale=tables,
         rationale_entry=entry,
         rationale_weights=weights,

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from dslt import metrics
 from dslt.data.preprocessors import task_preprocessors, text_dataset
+from dslt.data.target_layout import label_of
 from dslt.data.token_cache import LABEL_TASK, TASKS, RecordsIndex, TaskSettings, task_name
 from dslt.data.vocabulary import (
     BYTE_OFFSET,
@@ -48,6 +49,7 @@ def register_tasks(
     Raises:
       InputError: a name is taken by somebody else's Task or Mixture.
     """
+    answer = functools.partial(_to_answer, layout=settings.target_layout)
     feature = seqio.Feature(vocabulary=seqio_vocabulary(vocabulary), add_eos=True)
     names = []
     for dataset in index.datasets:
@@ -62,7 +64,7 @@ def register_tasks(
                 source=_source(index, dataset, task, settings, examples),
                 preprocessors=task_preprocessors(task, settings),
                 output_features={"inputs": feature, "targets": feature},
-                postprocess_fn=_keep_answer_form if task == LABEL_TASK else None,
+                postprocess_fn=answer if task == LABEL_TASK else None,
                 metric_fns=[label_accuracy if task == LABEL_TASK else rationale_overlap],
             )
             names.append(name)
@@ -135,8 +137,11 @@ def _word_f1(target: str, prediction: str) -> float:
     return 2 * (target & prediction).total() / total if total else 1.0
 
 
-def _keep_answer_form(decoded: str, example: dict, is_target: bool) -> str | tuple[str, str]:
-    return (decoded, example["answer_form"].decode()) if is_target else decoded
+def _to_answer(decoded: str, example: dict, is_target: bool, layout: str) -> str | tuple[str, str]:
+    """What `label_accuracy` compares; held-out targets are labels alone whatever the layout."""
+    if is_target:
+        return decoded, example["answer_form"].decode()
+    return label_of(decoded, layout)
 
 
 def _source(

@@ -28,6 +28,7 @@ import numpy as np
 
 from dslt.core.batch import EOS_ID
 from dslt.data.packing import TokenTable
+from dslt.data.target_layout import LABEL, TARGET_LAYOUTS, join_target
 from dslt.data.vocabulary import Vocabulary
 from dslt.errors import InputError
 from dslt.records import SPLITS, Example, read_examples
@@ -52,6 +53,7 @@ class TaskSettings:
         are always judged by gold.
       input_prefix_label, input_prefix_rationale: what tells the student the task.
       max_input_length, max_target_length: tokens, EOS included; what is longer is cut and counted.
+      target_layout: what a train target of the label task holds, one of TARGET_LAYOUTS.
     """
 
     label_source: str = "gold"
@@ -59,12 +61,14 @@ class TaskSettings:
     input_prefix_rationale: str = "explain: "
     max_input_length: int = 1024
     max_target_length: int = 256
+    target_layout: str = LABEL
 
     def __post_init__(self):
-        if self.label_source not in LABEL_SOURCES:
-            raise InputError(
-                f"label_source is {self.label_source!r}; expected one of {', '.join(LABEL_SOURCES)}"
-            )
+        for name, known in (("label_source", LABEL_SOURCES), ("target_layout", TARGET_LAYOUTS)):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}"
+                )
         for name in ("max_input_length", "max_target_length"):
             if getattr(self, name) < 2:
                 raise InputError(
@@ -90,7 +94,11 @@ def target_texts(
         text = example.teacher_label
     else:
         text = example.label
-    return ((text, 1.0),) if text is not None and text.strip() else ()
+    if text is None or not text.strip():
+        return ()
+    if example.split == "train":
+        text = join_target(example.rationale, text, settings.target_layout)
+    return ((text, 1.0),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +244,7 @@ def open_task(
         "records": index.digest,
         "prefix": getattr(settings, f"input_prefix_{task}"),
         "label_source": settings.label_source if task == LABEL_TASK else None,
+        "target_layout": settings.target_layout if task == LABEL_TASK else None,
         "max_input_length": settings.max_input_length,
         "max_target_length": settings.max_target_length,
     }

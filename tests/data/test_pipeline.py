@@ -400,3 +400,72 @@ def test_a_run_gets_a_copy_of_its_vocabulary(config, vocabulary, tmp_path):
     assert load_vocabulary(tmp_path / "own").digest == trained.digest != vocabulary.digest
     with pytest.raises(InputError, match="expected a number of pieces"):
         make_vocabulary(dataclasses.replace(config, vocabulary="train:x"), tmp_path / "other")
+
+
+def all_examples(stream):
+    """Of a few windows: one need not see every example."""
+    steps = range(4 * stream.order.window_batches)
+    return {name for step in steps for name in stream.examples(step)}
+
+
+def test_fractions_of_a_seed_are_nested_and_seeds_differ(config, cache_dir):
+    def taken(fraction, seed=0):
+        part = dataclasses.replace(config, train_fraction=fraction)
+        stream = open_stream(part, cache_dir, seed=seed)
+        found = all_examples(stream)
+        assert len(found) == stream.num_examples
+        return found
+
+    whole = taken(1.0)
+    parts = [taken(fraction) for fraction in (0.1, 0.3, 0.75)]
+    assert [len(part) for part in parts] == [round(f * len(whole)) for f in (0.1, 0.3, 0.75)]
+    assert parts[0] < parts[1] < parts[2] < whole
+    assert taken(0.3, seed=1) not in (parts[1], whole)
+
+
+def test_a_fraction_leaves_the_held_out_splits_and_each_pair_whole(
+    config, cache_dir, examples, vocabulary
+):
+    part = dataclasses.replace(config, train_fraction=0.4)
+    stream = open_stream(part, cache_dir)
+    by_id = {f"{example.dataset}/{example.id}": example for example in examples}
+    for step in range(3):
+        chosen = [by_id[name] for name in stream.examples(step)]
+        expected = expected_segments(chosen, vocabulary)
+        assert sorted(segments_of(stream.batch(step))) == sorted(expected)
+    assert len(eval_inputs(part, "test", vocabulary)) == len(
+        eval_inputs(config, "test", vocabulary)
+    )
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan")])
+def test_a_fraction_that_is_none_is_refused(fraction, config):
+    with pytest.raises(InputError, match="train_fraction"):
+        dataclasses.replace(config, train_fraction=fraction)
+
+
+def test_shuffled_rationales_are_the_same_texts_at_other_examples(config, cache_dir, vocabulary):
+    """Each source keeps its place; the targets of a window are the same, and none stays."""
+
+    def rationales(shuffled):
+        stream = open_stream(
+            dataclasses.replace(config, shuffle_rationales=shuffled, train_fraction=0.5), cache_dir
+        )
+        found = {}
+        for entry, number in zip(
+            stream._sets[0].rationale_entry[:, 0], stream._sets[0].rows, strict=True
+        ):
+            if entry >= 0:
+                inputs, targets = stream._sets[0].rationale
+                found[number] = tuple(
+                    tuple(table.tokens[slice(*table.offsets[entry : entry + 2])].tolist())
+                    for table in (inputs, targets)
+                )
+        return found, list(segments_of(stream.batch(0)))
+
+    (plain, _), (shuffled, segments) = rationales(False), rationales(True)
+    assert {n: pair[0] for n, pair in plain.items()} == {n: s[0] for n, s in shuffled.items()}
+    assert sorted(pair[1] for pair in plain.values()) == sorted(s[1] for s in shuffled.values())
+    assert sum(plain[n][1] == shuffled[n][1] for n in plain) < len(plain) / 2  # equal texts alone
+    in_batch = {(source, target) for source, target, role in segments if role == ROLE_RATIONALE}
+    assert in_batch <= set(shuffled.values())
