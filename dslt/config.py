@@ -24,19 +24,9 @@ from dslt.core.t5 import T5Config
 from dslt.data.pipeline import DataConfig
 from dslt.errors import InputError
 from dslt.evaluate import EvalConfig
+from dslt.sweep import SweepConfig
 from dslt.train import TrainConfig
 from dslt.workdir import RunDir
-
-# In front of overrides, so that they may name any config without an import of their own.
-OVERRIDE_HEADER = """\
-from __gin__ import dynamic_registration
-from dslt import evaluate
-from dslt import train
-from dslt.core import optimizer
-from dslt.core import sharding
-from dslt.core import t5
-from dslt.data import pipeline
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,21 +59,35 @@ def parse(files: Sequence[str], overrides: Sequence[str] = ()) -> Configs:
     Raises:
       InputError: a file, a name, a value or its type is wrong.
     """
+    fields = dataclasses.fields(Configs)[:-1]
+    built = _build([field.type for field in fields], files, overrides)
+    by_name = {field.name: value for field, value in zip(fields, built, strict=True)}
+    return Configs(**by_name, text=gin.operative_config_str())
+
+
+def parse_sweep(files: Sequence[str], overrides: Sequence[str] = ()) -> SweepConfig:
+    """As `parse`, of the files that describe a sweep; what its runs share is in its `overrides`."""
+    return _build([SweepConfig], files, overrides)[0]
+
+
+def _build(classes: Sequence[type], files: Sequence[str], overrides: Sequence[str]) -> list:
+    """One instance of each class, from the files and then the overrides."""
     gin.clear_config()
-    _parse_text("defaults", "\n".join([OVERRIDE_HEADER, *_defaults()]))
+    header = _header(classes)
+    _parse_text("defaults", "\n".join([header, *_defaults(classes)]), classes)
     for file in files:
-        _parse_text(file, _read_with_includes(file))
+        _parse_text(file, _read_with_includes(file), classes)
     for override in overrides:
-        _parse_text(f"override {override!r}", OVERRIDE_HEADER + override)
-    _check_names(gin.config_str())
-    built = {}
-    for field in dataclasses.fields(Configs)[:-1]:
-        check_types(field.type, gin.get_bindings(field.type))
+        _parse_text(f"override {override!r}", header + override, classes)
+    _check_names(gin.config_str(), classes)
+    built = []
+    for each in classes:
+        check_types(each, gin.get_bindings(each))
         try:
-            built[field.name] = gin.get_configurable(field.type)()
+            built.append(gin.get_configurable(each)())
         except ValueError as error:  # what the config's own checks found; gin adds lines to it
             raise InputError(str(error).splitlines()[0]) from None
-    return Configs(**built, text=gin.operative_config_str())
+    return built
 
 
 def check_run(run: RunDir, configs: Configs) -> None:
@@ -117,12 +121,14 @@ def check_run(run: RunDir, configs: Configs) -> None:
         )
 
 
-def _parse_text(name: str, text: str) -> None:
+def _parse_text(name: str, text: str, classes: Sequence[type]) -> None:
     """Adds the bindings of `text`; `name` is what an error calls it."""
     try:
         gin.parse_config(text)
     except (AttributeError, NameError) as error:
-        raise InputError(f"{name}: {error}. Expected one of: {', '.join(_names())}") from None
+        raise InputError(
+            f"{name}: {error}. Expected one of: {', '.join(_names(classes))}"
+        ) from None
     except (OSError, ImportError, ValueError, TypeError, LookupError, SyntaxError) as error:
         raise InputError(f"{name}: {error}") from None
 
@@ -159,13 +165,17 @@ def _find(name: str) -> Path:
     )
 
 
-def _check_names(text: str) -> None:
-    """Raises InputError for what gin accepts and nobody reads: macros and scoped bindings."""
+def _check_names(text: str, classes: Sequence[type]) -> None:
+    """Raises InputError for what gin accepts and nobody reads: macros, scopes, other configs."""
     for name in re.findall(r"^([\w./]+) = ", text, re.M):
         if "." not in name or "/" in name:
             raise InputError(
                 f"{name} binds nothing here; write the full name, such as "
                 "train.TrainConfig.rationale_weight (macros and scopes are not used)"
+            )
+        if name.rpartition(".")[0] not in _names(classes):
+            raise InputError(
+                f"{name} says nothing here; expected parameters of {', '.join(_names(classes))}"
             )
 
 
@@ -194,18 +204,22 @@ def _fits(value, hint) -> bool:
     return hint is typing.Any or isinstance(value, hint)
 
 
-def _names() -> list[str]:
+def _names(classes: Sequence[type]) -> list[str]:
     """How gin files call the configs: `train.TrainConfig` and so on."""
-    return [
-        f"{field.type.__module__.rpartition('.')[2]}.{field.type.__name__}"
-        for field in dataclasses.fields(Configs)[:-1]
-    ]
+    return [f"{each.__module__.rpartition('.')[2]}.{each.__name__}" for each in classes]
 
 
-def _defaults() -> list[str]:
+def _header(classes: Sequence[type]) -> str:
+    """In front of overrides, so that they may name any config without an import of their own."""
+    modules = [each.__module__.rpartition(".") for each in classes]
+    imports = [f"from {package} import {module}" for package, _, module in modules]
+    return "\n".join(["from __gin__ import dynamic_registration", *imports, ""])
+
+
+def _defaults(classes: Sequence[type]) -> list[str]:
     """A binding for each default: gin knows a class, and reports its values, once it is bound."""
     return [
         f"{name}.{entry.name} = {entry.default!r}"
-        for name, field in zip(_names(), dataclasses.fields(Configs)[:-1], strict=True)
-        for entry in dataclasses.fields(field.type)
+        for name, each in zip(_names(classes), classes, strict=True)
+        for entry in dataclasses.fields(each)
     ]

@@ -15,11 +15,11 @@ import traceback
 from collections.abc import Sequence
 
 from dslt import __version__
-from dslt.commands import bench, evaluate, export, extract, import_, plan, predict, train
+from dslt.commands import bench, evaluate, export, extract, import_, plan, predict, sweep, train
 from dslt.commands.processes import INTERRUPTED, fail, is_distributed
 from dslt.errors import InputError
 
-COMPUTING = ("train", "evaluate", "predict", "bench")
+COMPUTING = ("train", "evaluate", "predict", "bench", "sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dslt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (extract, train, evaluate, predict, export, import_, bench, plan):
+    for command in (extract, train, evaluate, predict, export, import_, sweep, bench, plan):
         command.add(commands)
     return parser
 

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "bench": (*STAGE, "train", "bench_reference"),
     "bench_reference": ("core",),
     "plan": ("core", "train", "evaluate"),
+    "sweep": ("workdir", "records"),
     "config": None,
     "commands": None,
     "main": None,

@@ -335,6 +335,11 @@ class TrainStream:
             target_tokens=int(segments.target_length.sum()),
         )
 
+    def mean_example_tokens(self) -> tuple[float, float]:
+        """Source and target tokens of an example, both tasks together, on average."""
+        source, target = (self._lengths[:, side::2].sum() for side in (0, 1))
+        return source / self.num_examples, target / self.num_examples
+
     def examples(self, step: int) -> list[str]:
         """The ids of a step's examples, `dataset/id`, to reproduce a batch; sorted."""
         pairs, segments = self._segments(step)

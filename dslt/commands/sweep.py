@@ -1,0 +1,204 @@
+"""`dslt sweep`: the paper's comparisons, as ordinary runs side by side."""
+
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dslt.commands.arguments import add_command, add_gin_flag, positive
+from dslt.commands.processes import INTERRUPTED
+from dslt.errors import InputError
+
+POLL_SECS = 0.2
+BUSY = 75  # an exit status: another process works on this run (EX_TEMPFAIL)
+
+
+def add(commands) -> None:
+    command = add_command(commands, "sweep", sweep, "train and judge many runs to compare")
+    command.add_argument("gin_files", nargs="+", help="of SweepConfig; later ones override")
+    command.add_argument("--output_dir", required=True, help="a directory a run, and their logs")
+    add_gin_flag(command)
+    command.add_argument(
+        "--jobs", type=positive, default=1, help="runs at a time; the cores are shared out"
+    )
+    command.add_argument(
+        "--list", action="store_true", help="print a command a run that is missing, and stop"
+    )
+    command.add_argument("--only", metavar="RUN", help="this run alone, in this process")
+
+
+def sweep(args) -> int:
+    """Runs what is missing; the same command goes on after a stop."""
+    from dslt import config
+    from dslt.sweep import expand, is_done
+    from dslt.workdir import RunDir
+
+    directory = Path(args.output_dir)
+    experiments = expand(config.parse_sweep(args.gin_files, args.gin), config.parse)
+    by_name = {experiment.name: experiment for experiment in experiments}
+    if args.only:
+        if args.only not in by_name:
+            raise InputError(
+                f"--only {args.only}: is no run of this sweep; --list shows those that are missing"
+            )
+        return run_one(by_name[args.only], directory)
+    missing = [name for name in by_name if not is_done(RunDir(directory / name))]
+    if args.list:
+        print(*(shlex.join(["dslt", *arguments(args, name)]) for name in missing), sep="\n")
+        return 0
+    print(f"{len(by_name)} runs, {len(by_name) - len(missing)} of them done", flush=True)
+    return run_all(args, missing, directory)
+
+
+def arguments(args, name: str) -> list[str]:
+    """The arguments of `dslt` that do one run of this sweep."""
+    bindings = [part for binding in args.gin for part in ("--gin", binding)]
+    return ["sweep", *args.gin_files, "--output_dir", args.output_dir, *bindings, "--only", name]
+
+
+def run_one(experiment, directory: Path) -> int:
+    """Trains and judges one run, by the commands that a user would give, which it prints."""
+    from dslt.main import main
+    from dslt.sweep import EXPERIMENT
+    from dslt.workdir import RunDir, write_json
+
+    path = directory / experiment.name
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".sweep.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{path}: another process works on this run", file=sys.stderr)
+            return BUSY
+        write_json(path / EXPERIMENT, experiment.facts)
+        bindings = [*experiment.overrides, *budget_overrides(experiment, RunDir(path))]
+        gin = [part for binding in bindings for part in ("--gin", binding)]
+        train = ["train", *experiment.gin_files, *gin, "--run_dir", str(path)]
+        for command in (train, ["evaluate", "--run_dir", str(path)]):
+            print(f"$ {shlex.join(['dslt', *command])}", flush=True)
+            if status := main(command):
+                return status
+    return 0
+
+
+def budget_overrides(experiment, run) -> list[str]:
+    """The number of steps of a run that is given the compute of both tasks; else nothing."""
+    import dataclasses
+
+    from dslt import config
+    from dslt.commands.train import open_train_stream
+    from dslt.core.flops import train_step_flops
+    from dslt.data.pipeline import TrainStream
+    from dslt.data.target_layout import LABEL
+    from dslt.sweep import COMPUTE, equal_compute_steps
+
+    if experiment.facts["budget"] != COMPUTE:
+        return []
+    configs = config.parse(experiment.gin_files, experiment.overrides)
+    own, vocabulary = open_train_stream(run, configs)
+    two_tasks = dataclasses.replace(configs.data, target_layout=LABEL)
+    both = TrainStream(two_tasks, vocabulary, seed=configs.train.seed, use_rationales=True)
+    own_flops, both_flops = (
+        train_step_flops(configs.model, *stream.mean_example_tokens()) for stream in (own, both)
+    )
+    steps = equal_compute_steps(configs.train.num_steps, own_flops, both_flops)
+    every = round(configs.train.save_every_steps * steps / configs.train.num_steps)
+    return [
+        f"train.TrainConfig.num_steps = {steps}",
+        f"train.TrainConfig.save_every_steps = {max(1, every)}",
+    ]
+
+
+def run_all(args, names: list[str], directory: Path) -> int:
+    """Runs these in processes of their own, some at a time; returns the exit status."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        or str((directory / "compile_cache").absolute())
+    }
+    waiting, under_way, failed, busy = list(names), {}, [], []
+    free_cores = share_cores(args.jobs)
+    started_secs = time.perf_counter()
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while waiting or under_way:
+            while waiting and len(under_way) < args.jobs:
+                name = waiting.pop(0)
+                cores = free_cores.pop()
+                process = start_run(args, name, directory, environment, cores)
+                under_way[name] = process, cores, time.perf_counter()
+            time.sleep(POLL_SECS)
+            for name, (process, cores, began_secs) in list(under_way.items()):
+                status = process.poll()
+                if status is None:
+                    continue
+                del under_way[name]
+                free_cores.append(cores)
+                failed += [name] if status not in (0, BUSY) else []
+                busy += [name] if status == BUSY else []
+                done = len(names) - len(waiting) - len(under_way)
+                secs = time.perf_counter() - began_secs
+                print(f"[{done}/{len(names)}] {secs:,.0f} s  {describe(directory / name, status)}")
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        for process, *_ in under_way.values():
+            process.send_signal(signal.SIGTERM)
+        for process, *_ in under_way.values():
+            process.wait()
+        print("Stopped: what was under way is saved. The same command goes on.")
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    print(f"{len(names)} runs in {(time.perf_counter() - started_secs) / 60:,.1f} minutes")
+    if busy:
+        print(f"{len(busy)} of them are worked on by another process: {', '.join(busy)}")
+    if failed:
+        print(f"{len(failed)} failed; the same command tries them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def share_cores(jobs: int) -> list[tuple[int, ...]]:
+    """The cores of each job, so that small runs do not wait for one another; () is any."""
+    if not hasattr(os, "sched_setaffinity") or jobs == 1:
+        return [()] * jobs
+    cores = sorted(os.sched_getaffinity(0))
+    return [tuple(cores[job::jobs]) or tuple(cores) for job in range(jobs)]
+
+
+def start_run(
+    args, name: str, directory: Path, environment: dict, cores: tuple[int, ...]
+) -> subprocess.Popen:
+    """A process that does one run and appends what it prints to `RUN/log.txt`."""
+    path = directory / name
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "log.txt").open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dslt.main", *arguments(args, name)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C is handed on once, not twice
+        )
+    if cores:
+        os.sched_setaffinity(process.pid, cores)
+    return process
+
+
+def describe(path: Path, status: int) -> str:
+    """What became of a run, in one line, or with the end of its log."""
+    from dslt.evaluate import best_row
+    from dslt.evaluate import describe as describe_row
+    from dslt.workdir import RunDir, read_json_rows
+
+    if status == BUSY:
+        return f"{path.name}: another process works on it"
+    if status:
+        last = (path / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+        tail = "".join(f"\n    {line}" for line in last)
+        return f"{path.name}: failed with status {status}; the end of {path / 'log.txt'}:{tail}"
+    row = best_row(read_json_rows(RunDir(path).evaluations))
+    return f"{path.name}: " + (describe_row(row) if row else "no validation split to choose by")

@@ -1,0 +1,193 @@
+"""A sweep: methods × data fractions × models × seeds as ordinary runs, each with a stable name.
+
+May import the standard library, numpy, dslt.workdir and dslt.records. What a run is called depends
+on the run alone, so that a larger sweep finds the runs of a smaller one:
+
+    for run in expand(config, parse):
+        print(run.name)    # facts-step_by_step-25pct-seed0
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from dslt.errors import InputError
+from dslt.records import read_examples
+from dslt.workdir import RunDir, read_json_rows
+
+STEPS = "steps"
+COMPUTE = "compute"
+BUDGETS = (STEPS, COMPUTE)
+EXPERIMENT = "experiment.json"  # in a run's directory: what of the sweep it is
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """What is compared.
+
+    Attributes:
+      records: a records file each dataset; every dataset is an experiment of its own.
+      settings: gin files that name model, optimizer and lengths: one for all, or one each dataset.
+      methods: gin files, such as those under runs/.
+      fractions: of the train split (see DataConfig.train_fraction); held-out splits stay whole.
+      models: gin files after the setting; () is the setting's own model.
+      rationale_weights: a grid of λ for the methods that have a rationale task; () is their own.
+      seeds: of parameters, order, dropout and subset. A seed's subsets are nested.
+      budgets: `steps` gives every method the setting's number of steps. `compute` gives a method
+        without rationale task as many steps as the FLOPs of the two tasks would buy it; the others
+        are what it is compared with.
+      augmentation: records files whose problems join the train split of the methods that learn the
+        teacher's labels, in runs of their own.
+      overrides: bindings for every run.
+    """
+
+    records: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    methods: tuple[str, ...] = (
+        "runs/fine_tuning.gin",
+        "runs/distillation.gin",
+        "runs/step_by_step.gin",
+        "runs/step_by_step_teacher.gin",
+    )
+    fractions: tuple[float, ...] = (1.0,)
+    models: tuple[str, ...] = ()
+    rationale_weights: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budgets: tuple[str, ...] = (STEPS,)
+    augmentation: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in ("records", "settings", "methods", "fractions", "seeds", "budgets"):
+            if not getattr(self, name):
+                raise InputError(f"SweepConfig.{name} is empty; expected at least one entry")
+        if len(self.settings) not in (1, len(self.records)):
+            raise InputError(
+                f"SweepConfig.settings has {len(self.settings)} files and records has "
+                f"{len(self.records)}; expected one setting for all, or one each"
+            )
+        for budget in self.budgets:
+            if budget not in BUDGETS:
+                raise InputError(
+                    f"SweepConfig.budgets has {budget!r}; expected some of {', '.join(BUDGETS)}"
+                )
+        for fraction in self.fractions:
+            if not 0 < fraction <= 1:
+                raise InputError(f"SweepConfig.fractions has {fraction}; expected 0 < f <= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run of a sweep.
+
+    Attributes:
+      name: of its directory.
+      gin_files, overrides: what `dslt train` is given.
+      facts: what the report groups by: method, dataset, fraction, model, seed, rationale_weight,
+        label_source, budget, is_augmented.
+    """
+
+    name: str
+    gin_files: tuple[str, ...]
+    overrides: tuple[str, ...]
+    facts: dict
+
+
+def expand(
+    config: SweepConfig, parse: Callable[[Sequence[str], Sequence[str]], object]
+) -> list[Experiment]:
+    """All runs, the first seed of everything first.
+
+    Args:
+      parse: gin files and overrides to Configs.
+
+    Raises:
+      InputError: a file cannot be used, or two runs would have the same name.
+    """
+    datasets = [_dataset_of(path) for path in config.records]
+    settings = config.settings * (len(datasets) if len(config.settings) == 1 else 1)
+    read = functools.cache(lambda files: parse(files, config.overrides))
+    axes = (config.seeds, config.fractions, range(len(datasets)), config.methods)
+    experiments = []
+    for seed, fraction, number, method, model in itertools.product(*axes, config.models or ("",)):
+        files = tuple(filter(None, (method, settings[number], model)))
+        configs = read(files)
+        for rationale_weight, budget, is_augmented in _variants(config, configs):
+            facts = {
+                "method": Path(method).stem,
+                "dataset": datasets[number],
+                "fraction": fraction,
+                "model": Path(model).stem,
+                "seed": seed,
+                "rationale_weight": rationale_weight,
+                "label_source": configs.data.label_source,
+                "budget": budget,
+                "is_augmented": is_augmented,
+            }
+            records = (config.records[number], *(config.augmentation if is_augmented else ()))
+            bindings = {
+                "pipeline.DataConfig.records": records,
+                "pipeline.DataConfig.train_fraction": fraction,
+                "train.TrainConfig.seed": seed,
+                "train.TrainConfig.rationale_weight": rationale_weight,
+            }
+            overrides = tuple(f"{name} = {value!r}" for name, value in bindings.items())
+            name = _name(facts, is_other_weight=rationale_weight != configs.train.rationale_weight)
+            experiments.append(Experiment(name, files, (*config.overrides, *overrides), facts))
+    _check_names([experiment.name for experiment in experiments])
+    return experiments
+
+
+def _variants(config: SweepConfig, configs) -> Iterator[tuple[float, str, bool]]:
+    """(λ, budget, whether augmented): the runs of one method on one subset."""
+    has_rationale_task = configs.train.rationale_weight > 0
+    grid = config.rationale_weights if has_rationale_task else ()
+    is_taught = configs.data.label_source == "teacher"
+    return itertools.product(
+        grid or (configs.train.rationale_weight,),
+        (STEPS,) if has_rationale_task else config.budgets,
+        (False, True) if is_taught and config.augmentation else (False,),
+    )
+
+
+def _name(facts: dict, is_other_weight: bool) -> str:
+    parts = (
+        facts["dataset"],
+        facts["method"],
+        facts["model"],
+        f"lambda{facts['rationale_weight']:g}" if is_other_weight else "",
+        "augmented" if facts["is_augmented"] else "",
+        "compute" if facts["budget"] == COMPUTE else "",
+        f"{100 * facts['fraction']:g}pct",
+        f"seed{facts['seed']}",
+    )
+    return "-".join(filter(None, parts))
+
+
+def _dataset_of(path: str) -> str:
+    """The dataset of a records file's first row: what its runs are named after."""
+    return next(iter(read_examples(path))).dataset
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"the sweep has two runs named {twice[0]}; expected methods, models and datasets with "
+            "different file names, and no entry twice"
+        )
+
+
+def is_done(run: RunDir) -> bool:
+    """Whether a run has finished and every checkpoint that it kept has been judged."""
+    if run.state() != "finished":
+        return False
+    kept = {int(step.name) for step in run.checkpoints.iterdir() if step.name.isdigit()}
+    return kept <= {row["step"] for row in read_json_rows(run.evaluations)}
+
+
+def equal_compute_steps(num_steps: int, own_flops: float, two_task_flops: float) -> int:
+    """Steps that cost, at `own_flops` each, what `num_steps` of both tasks cost; at least one."""
+    return max(1, round(num_steps * two_task_flops / own_flops))

@@ -1,0 +1,287 @@
+"""A sweep's runs: which there are, what they are called, and that they are done once."""
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+from dslt import config
+from dslt.errors import InputError
+from dslt.main import main
+from dslt.sweep import SweepConfig, equal_compute_steps, expand, is_done
+from dslt.workdir import RunDir, read_json, read_json_rows
+
+ONE_METHOD = {"settings": ("settings/facts.gin",), "methods": ("runs/step_by_step.gin",)}
+SMALL = (
+    "t5.T5Config.d_model = 16",
+    "t5.T5Config.d_ff = 32",
+    "pipeline.DataConfig.batch_examples = 8",
+    "train.TrainConfig.num_steps = 4",
+    "train.TrainConfig.save_every_steps = 2",
+    "train.TrainConfig.log_every_steps = 2",
+    "evaluate.EvalConfig.max_label_length = 8",
+)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """A records file each of two families."""
+    paths = []
+    for family in ("facts", "sums"):
+        directory = tmp_path_factory.mktemp(family)
+        sizes = ["--train", "40", "--validation", "6", "--test", "6"]
+        args = ["--dataset", family, "--teacher", "scripted", *sizes]
+        assert main(["extract", *args, "--output_dir", str(directory)]) == 0
+        paths.append(str(directory / "records.jsonl"))
+    return tuple(paths)
+
+
+def names_of(**fields):
+    return [run.name for run in expand(SweepConfig(**fields), config.parse)]
+
+
+def test_a_sweep_is_the_product_of_its_axes_with_the_first_seed_first(records):
+    methods = ("runs/fine_tuning.gin", "runs/step_by_step.gin")
+    names = names_of(
+        records=records,
+        settings=("settings/facts.gin",),
+        methods=methods,
+        fractions=(0.125, 1.0),
+        seeds=(0, 7),
+    )
+    assert names == [
+        f"{dataset}-{method}-{percent}pct-seed{seed}"
+        for seed, percent, dataset, method in itertools.product(
+            (0, 7), ("12.5", "100"), ("facts", "sums"), ("fine_tuning", "step_by_step")
+        )
+    ]
+
+
+def test_what_a_run_is_called_does_not_depend_on_the_others(records):
+    small = names_of(records=records[:1], **ONE_METHOD, seeds=(1,))
+    larger = names_of(
+        records=records,
+        settings=ONE_METHOD["settings"],
+        fractions=(0.5, 1.0),
+        rationale_weights=(0.5, 1.0),
+        budgets=("steps", "compute"),
+    )
+    assert set(small) <= set(larger)
+    assert len(set(larger)) == len(larger)
+
+
+def test_a_run_is_given_what_its_name_says(records):
+    (run,) = expand(
+        SweepConfig(
+            records=records[:1],
+            **ONE_METHOD,
+            fractions=(0.25,),
+            models=("models/mini_256.gin",),
+            rationale_weights=(0.3,),
+            seeds=(5,),
+            overrides=("train.TrainConfig.num_steps = 11",),
+        ),
+        config.parse,
+    )
+    assert run.name == "facts-step_by_step-mini_256-lambda0.3-25pct-seed5"
+    found = config.parse(run.gin_files, run.overrides)
+    assert (found.train.seed, found.train.rationale_weight, found.train.num_steps) == (5, 0.3, 11)
+    assert (found.data.train_fraction, found.data.records) == (0.25, records[:1])
+    assert found.model.d_model == 256
+    assert run.facts == {
+        "method": "step_by_step",
+        "dataset": "facts",
+        "fraction": 0.25,
+        "model": "mini_256",
+        "seed": 5,
+        "rationale_weight": 0.3,
+        "label_source": "gold",
+        "budget": "steps",
+        "is_augmented": False,
+    }
+
+
+def test_an_axis_is_for_the_methods_that_it_says_something_to(records):
+    """λ and compute: with, and without a rationale task; augmentation: the teacher's labels."""
+    names = names_of(
+        records=records[:1],
+        settings=("settings/facts.gin",),
+        rationale_weights=(0.5, 2.0),
+        budgets=("steps", "compute"),
+        augmentation=records[1:],
+        seeds=(0,),
+    )
+    runs = sorted(name.removeprefix("facts-").removesuffix("-100pct-seed0") for name in names)
+    assert runs == sorted(
+        [
+            "fine_tuning",
+            "fine_tuning-compute",
+            "distillation",
+            "distillation-compute",
+            "distillation-augmented",
+            "distillation-augmented-compute",
+            "step_by_step-lambda0.5",
+            "step_by_step-lambda2",
+            "step_by_step_teacher-lambda0.5",
+            "step_by_step_teacher-lambda2",
+            "step_by_step_teacher-lambda0.5-augmented",
+            "step_by_step_teacher-lambda2-augmented",
+        ]
+    )
+
+
+def test_an_augmented_run_reads_the_other_problems_too(records):
+    runs = expand(
+        SweepConfig(
+            records=records[:1],
+            settings=("settings/facts.gin",),
+            methods=("runs/distillation.gin",),
+            augmentation=records[1:],
+            seeds=(0,),
+        ),
+        config.parse,
+    )
+    read = [config.parse(run.gin_files, run.overrides).data.records for run in runs]
+    assert read == [records[:1], records]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"fractions": (0.5, 0.5)}, "two runs named facts-step_by_step-50pct-seed0"),
+        ({"fractions": (0.0,)}, "fractions has 0.0"),
+        ({"fractions": ()}, "fractions is empty"),
+        ({"records": ()}, "records is empty"),
+        ({"budgets": ("time",)}, "budgets has 'time'; expected some of steps, compute"),
+        ({"settings": ("a", "b", "c")}, "settings has 3 files and records has 2"),
+        ({"settings": ("settings/nothing.gin",)}, "no shipped gin file"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_message(fields, says, records):
+    with pytest.raises(InputError, match=says):
+        names_of(**({"records": records} | ONE_METHOD | fields))
+
+
+def test_a_binding_of_a_run_in_a_sweep_file_is_not_silently_without_effect(tmp_path):
+    path = tmp_path / "sweep.gin"
+    path.write_text(
+        "from __gin__ import dynamic_registration\nfrom dslt import train\n"
+        "train.TrainConfig.num_steps = 5\n"
+    )
+    with pytest.raises(InputError, match=r"num_steps says nothing here; expected .*SweepConfig"):
+        config.parse_sweep([str(path)])
+
+
+def test_compute_is_equal_up_to_a_step():
+    assert equal_compute_steps(1000, own_flops=2.0, two_task_flops=5.0) == 2500
+    assert equal_compute_steps(1, own_flops=9.0, two_task_flops=1.0) == 1
+
+
+@pytest.fixture(scope="module")
+def swept(records, tmp_path_factory):
+    """A sweep's arguments after one of its three runs was done alone."""
+    directory = tmp_path_factory.mktemp("sweep")
+    broken = directory / "broken.gin"  # one target, and the rationale task as well
+    broken.write_text(
+        "from __gin__ import dynamic_registration\nfrom dslt.data import pipeline\n"
+        "include 'runs/step_by_step.gin'\n"
+        "pipeline.DataConfig.target_layout = 'rationale_label'\n"
+    )
+    file = directory / "sweep.gin"
+    bindings = {
+        "records": records[:1],
+        "settings": ("settings/facts.gin",),
+        "methods": ("runs/rationale_label.gin", "runs/fine_tuning.gin", str(broken)),
+        "fractions": (0.5,),
+        "seeds": (0,),
+        "overrides": SMALL,
+    }
+    lines = [f"sweep.SweepConfig.{name} = {value!r}" for name, value in bindings.items()]
+    header = ["from __gin__ import dynamic_registration", "from dslt import sweep"]
+    file.write_text("\n".join([*header, *lines]) + "\n")
+    args = ["sweep", str(file), "--output_dir", str(directory / "runs")]
+    only = "facts-rationale_label-50pct-seed0"
+    assert main([*args, "--only", only]) == 0
+    return args, directory / "runs", only
+
+
+def test_a_run_of_a_sweep_is_an_ordinary_run_that_says_what_it_is(swept):
+    _, directory, only = swept
+    run = RunDir(directory / only)
+    assert is_done(run)
+    facts = read_json(run.path / "experiment.json")
+    assert (facts["method"], facts["fraction"]) == ("rationale_label", 0.5)
+    assert [row["step"] for row in read_json_rows(run.evaluations)] == [2, 4]
+    assert "DataConfig.target_layout = 'rationale_label'" in run.config.read_text()
+
+
+def test_a_list_has_a_command_for_what_is_missing(swept, capsys):
+    args, _, only = swept
+    assert main([*args, "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("dslt sweep ") and " --only facts-" in line for line in lines)
+    assert only not in "".join(lines)
+
+
+def test_what_fails_is_said_and_does_not_stop_the_rest(swept):
+    """In processes of their own; the run that was done before is not done again."""
+    args, directory, only = swept
+    before = (directory / only / "run.json").stat().st_mtime_ns
+    command = [sys.executable, "-m", "dslt.main", *args, "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "3 runs, 1 of them done" in done.stdout
+    assert "facts-broken-50pct-seed0: failed with status 2" in done.stdout
+    assert "expected train.TrainConfig.rationale_weight = 0" in done.stdout
+    assert is_done(RunDir(directory / "facts-fine_tuning-50pct-seed0"))
+    assert (directory / only / "run.json").stat().st_mtime_ns == before
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it(swept, capsys):
+    import fcntl
+
+    args, directory, only = swept
+    with (directory / only / ".sweep.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main([*args, "--only", only]) == 75
+    assert "another process works on this run" in capsys.readouterr().err
+
+
+def test_an_unknown_run_is_one_message(swept, capsys):
+    assert main([*swept[0], "--only", "nothing"]) == 2
+    assert "is no run of this sweep" in capsys.readouterr().err
+
+
+def test_a_student_of_one_target_answers_with_its_label(swept, records, capsys):
+    """And is not asked for what it has not learnt."""
+    _, directory, only = swept
+    predict = ["predict", "--student", str(directory / only), records[0], "--limit", "2"]
+    assert main([*predict, "--max_label_length", "8"]) == 0
+    assert capsys.readouterr().out.count('"prediction"') == 2
+    assert main([*predict, "--rationales"]) == 2
+    assert "target_layout 'rationale_label'" in capsys.readouterr().err
+
+
+def test_the_compute_of_two_tasks_buys_fine_tuning_more_steps(records, tmp_path):
+    from dslt.commands.sweep import budget_overrides
+
+    sweep = SweepConfig(
+        records=records[:1],
+        settings=("settings/facts.gin",),
+        methods=("runs/fine_tuning.gin",),
+        seeds=(0,),
+        budgets=("steps", "compute"),
+        overrides=SMALL,
+    )
+    steps, compute = expand(sweep, config.parse)
+    assert budget_overrides(steps, RunDir(tmp_path / "a")) == []
+    overrides = budget_overrides(compute, RunDir(tmp_path / "b"))
+    found = config.parse(compute.gin_files, [*compute.overrides, *overrides])
+    assert 8 <= found.train.num_steps <= 24  # twice the source, and a longer target
+    assert found.train.save_every_steps == round(found.train.num_steps / 2)
+    assert dataclasses.replace(found.train, num_steps=4, save_every_steps=2) == (
+        config.parse(steps.gin_files, steps.overrides).train
+    )
