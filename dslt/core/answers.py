@@ -35,6 +35,7 @@ def score_answers(
             decoder_segment_ids=is_target.astype(jnp.int32),
             decoder_loss_roles=is_target.astype(jnp.int32),
             decoder_loss_weights=is_target.astype(jnp.float32),
+            decoder_example_ids=is_target.astype(jnp.int32),
         )
         logits = model.logits(model.decode(encoded, batch))
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

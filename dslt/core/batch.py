@@ -35,6 +35,8 @@ class Batch(NamedTuple):
         decoder tokens before it of the same id and role.
       decoder_loss_roles: [B, T] int32; ROLE_LABEL or ROLE_RATIONALE on target tokens.
       decoder_loss_weights: [B, T] float32; 0 on padding.
+      decoder_example_ids: [B, T] int32; numbers the batch's examples from 1. A label and the
+        rationales of one example have the same number, in whatever rows they lie.
     """
 
     encoder_input_tokens: np.ndarray
@@ -44,6 +46,7 @@ class Batch(NamedTuple):
     decoder_segment_ids: np.ndarray
     decoder_loss_roles: np.ndarray
     decoder_loss_weights: np.ndarray
+    decoder_example_ids: np.ndarray
 
 
 class BatchCounts(NamedTuple):
@@ -71,6 +74,7 @@ def empty_batch(rows: int, source_length: int, target_length: int) -> Batch:
         decoder_segment_ids=np.zeros(target, np.int32),
         decoder_loss_roles=np.zeros(target, np.int32),
         decoder_loss_weights=np.zeros(target, np.float32),
+        decoder_example_ids=np.zeros(target, np.int32),
     )
 
 

@@ -407,6 +407,7 @@ def build_batch(
     is_here = row >= 0
     source_cell = row * shape.source_length + segments.source_start
     target_cell = row * shape.target_length + segments.target_start
+    example_id = np.unique(segments.pair, return_inverse=True)[1] + 1
     for index, entry, inputs, targets in sources:
         here = is_here[index]
         index, entry = index[here], entry[here]
@@ -424,6 +425,7 @@ def build_batch(
         batch.decoder_input_tokens.flat[cells] = np.where(ramp == 0, starts, np.roll(tokens, 1))
         batch.decoder_target_tokens.flat[cells] = tokens
         batch.decoder_segment_ids.flat[cells] = np.repeat(ids, length)
+        batch.decoder_example_ids.flat[cells] = np.repeat(example_id[index], length)
         batch.decoder_loss_roles.flat[cells] = roles
         batch.decoder_loss_weights.flat[cells] = (
             1.0 if weights is None else np.repeat(weights[index], length)

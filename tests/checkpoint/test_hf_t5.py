@@ -60,6 +60,7 @@ def one_example_a_row(expected: dict[str, np.ndarray]) -> Batch:
         decoder_input_tokens=np.pad(targets[:, :-1], ((0, 0), (1, 0))),
         decoder_loss_roles=is_target,
         decoder_loss_weights=is_target.astype(np.float32),
+        decoder_example_ids=is_target,
     )
 
 

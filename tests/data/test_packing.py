@@ -244,6 +244,19 @@ def test_unpacking_the_rows_gives_back_every_token_of_the_window(planned):
     assert len(found) == len(expected) and set(found) == expected
 
 
+def test_a_pairs_targets_have_one_example_id_in_whatever_rows_they_lie(planned):
+    """And no two pairs of a batch have the same; the numbers begin at 1 without a gap."""
+    for batch in batches_of(planned):
+        ids = {}
+        for row in range(len(batch.encoder_input_tokens)):
+            is_target = batch.decoder_segment_ids[row] > 0
+            pairs = batch.decoder_target_tokens[row][is_target] // 1000
+            for pair, number in zip(pairs, batch.decoder_example_ids[row][is_target], strict=True):
+                assert ids.setdefault(pair, number) == number
+            assert not batch.decoder_example_ids[row][~is_target].any()
+        assert sorted(ids.values()) == list(range(1, len(ids) + 1))
+
+
 def test_what_is_no_segment_is_zero_in_every_array(planned):
     for batch in batches_of(planned):
         is_padding = batch.encoder_segment_ids == 0
