@@ -9,7 +9,6 @@ is silently ignored, a mistyped parameter is an error. Overrides need no imports
 """
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import gin
 
-from dslt.core.optimizer import OptimizerConfig
+from dslt.core.optimizer import OptimizerConfig, is_decaying
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
 from dslt.data.pipeline import DataConfig
@@ -90,8 +89,59 @@ def _build(classes: Sequence[type], files: Sequence[str], overrides: Sequence[st
     return built
 
 
-def check_run(run: RunDir, configs: Configs) -> None:
+# What a run may be resumed with otherwise: it changes what is kept, or where and in which order
+# the same is computed, and of the result at most the rounding. `*`: all fields.
+MAY_CHANGE = {
+    "train": ("save_every_steps", "keep_checkpoints", "log_every_steps", "on_nonfinite"),
+    "model": ("remat", "scan_unroll"),
+    "mesh": "*",
+    "data": ("cache_dir",),
+    "evaluate": "*",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A field that a run has otherwise than it is asked for.
+
+    Attributes:
+      name: as gin files have it.
+      was: in the run's directory.
+      now: asked for.
+      is_allowed: whether a run may go on with it.
+    """
+
+    name: str
+    was: object
+    now: object
+    is_allowed: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}: was {self.was!r}, now {self.now!r}"
+
+
+def find_changes(was: Configs, now: Configs) -> list[Change]:
+    """The fields whose values differ."""
+    changes = []
+    fields = dataclasses.fields(Configs)[:-1]
+    for stage, field in zip(_names([field.type for field in fields]), fields, strict=True):
+        before, after = getattr(was, field.name), getattr(now, field.name)
+        allowed = MAY_CHANGE.get(field.name, ())
+        for entry in dataclasses.fields(field.type):
+            old, new = getattr(before, entry.name), getattr(after, entry.name)
+            if old != new:
+                is_allowed = allowed == "*" or entry.name in allowed
+                if entry.name == "num_steps" and field.name == "train":
+                    is_allowed = not is_decaying(now.optimizer)
+                changes.append(Change(f"{stage}.{entry.name}", old, new, is_allowed))
+    return changes
+
+
+def check_run(run: RunDir, configs: Configs) -> list[Change]:
     """Holds the config against that of a run which has trained already.
+
+    Returns:
+      What differs and may: the run goes on with it.
 
     Raises:
       InputError: the directory is of a run with another config; the difference is shown.
@@ -102,23 +152,23 @@ def check_run(run: RunDir, configs: Configs) -> None:
                 f"{run.path}: holds evaluations of an earlier training whose checkpoints are gone; "
                 "choose another --run_dir"
             )
-        return
+        return []
     if not run.config.exists():
         raise InputError(
             f"{run.path}: has checkpoints but no config.gin; use it as train.TrainConfig.init_from "
             "with another --run_dir"
         )
-    found = run.config.read_text(encoding="utf-8").splitlines()
-    difference = difflib.unified_diff(
-        found, configs.text.splitlines(), "in the directory", "asked for", lineterm="", n=0
-    )
-    changed = [line for line in difference if not line.startswith("@@")]
-    if changed:
+    changes = find_changes(parse([str(run.config)]), configs)
+    refused = [str(change) for change in changes if not change.is_allowed]
+    if refused:
         raise InputError(
             f"{run.config}: this directory is of a run with another config:\n  "
-            + "\n  ".join(changed)
-            + "\nChoose another --run_dir, or ask for the same config to resume."
+            + "\n  ".join(refused)
+            + "\nAsk for the same config to resume it. To go on from its newest checkpoint with "
+            "the new config, and leave this run as it is, branch: give another --run_dir and "
+            f"--branch_from {run.path}"
         )
+    return changes
 
 
 def _parse_text(name: str, text: str, classes: Sequence[type]) -> None:

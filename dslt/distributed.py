@@ -1,6 +1,6 @@
 """Several processes that run one program: how they meet, agree, and end together.
 
-Imports JAX alone. In one process everything here does nothing and answers at once.
+Imports JAX and dslt.signals. In one process everything here does nothing and answers at once.
 
     distributed.initialize("10.0.0.1:8476", num_processes=2, process_id=0, timeout_secs=300)
     with distributed.main_first():       # process 0 builds, the others find it built
@@ -31,6 +31,7 @@ import numpy as np
 from jax._src.distributed import global_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dslt import signals
 from dslt.errors import InputError
 
 READ_TIMEOUT_SECS = 600  # for all to read what all have said
@@ -225,15 +226,16 @@ def fail(message: str, status: int) -> None:
     causes = []
     try:
         causes = _failures()
-        global_state.client.key_value_set(f"{_FAILURES}{global_state.process_id}", message)
-        if not is_main() and message == _wait_for(f"{_FAILURES}0", GRACE_SECS):
+        own = json.dumps([message, status])
+        global_state.client.key_value_set(f"{_FAILURES}{global_state.process_id}", own)
+        if not is_main() and own == _wait_for(f"{_FAILURES}0", GRACE_SECS):
             message = ""
     except (jax.errors.JaxRuntimeError, TimeoutError):
         pass  # process 0 is gone, or has no error of its own
     if message:
         prefix = "" if is_main() else f"process {global_state.process_id}: "
         print(prefix + message, file=sys.stderr, flush=True)
-        for process, cause in causes:
+        for process, cause, _ in causes:
             if cause != message:
                 print(f"process {process} failed before: {cause}", file=sys.stderr, flush=True)
     if is_main() or not message:
@@ -256,20 +258,20 @@ def _watch() -> None:
             time.sleep(GRACE_SECS + is_main())  # if it fails likewise, it says so itself
             if _is_failing.is_set():
                 return
-            process, message = failures[0]
+            process, message, status = failures[0]
             print(
                 f"process {global_state.process_id}: ends, because process {process} failed: "
                 f"{message}",
                 file=sys.stderr,
                 flush=True,
             )
-            os._exit(1)
+            os._exit(status if status == signals.INTERRUPTED else 1)
 
 
-def _failures() -> list[tuple[str, str]]:
-    """Processes that have failed, and their messages."""
+def _failures() -> list[tuple[str, str, int]]:
+    """Processes that have failed, their messages and exit statuses."""
     found = global_state.client.key_value_dir_get(_FAILURES)
-    return [(name.removeprefix(_FAILURES), message) for name, message in found]
+    return [(name.removeprefix(_FAILURES), *json.loads(said)) for name, said in found]
 
 
 def _wait_for(name: str, timeout_secs: float = math.inf) -> str:

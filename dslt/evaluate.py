@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dslt import distributed, metrics
+from dslt import distributed, metrics, signals
 from dslt.checkpoint import student
 from dslt.checkpoint.manager import CheckpointManager, Layout, finished_steps
 from dslt.core import sharding, t5
@@ -47,6 +47,9 @@ class EvalConfig(DecodeConfig):
         reports its probability among them.
       labels: the set, where it is the same for all examples.
       poll_secs: between looks at the run while following it.
+      silence_secs: without a sign of life from training, until a follower says so; a few times
+        `workdir.HEARTBEAT_SECS`, and what the file system takes to show a change to other hosts.
+      give_up_secs: without one, until a follower ends; 0 waits for ever.
     """
 
     splits: tuple[str, ...] = ("validation", "test")
@@ -57,6 +60,8 @@ class EvalConfig(DecodeConfig):
     answers: str = "open"
     labels: tuple[str, ...] = ()
     poll_secs: float = 2.0
+    silence_secs: float = 120.0
+    give_up_secs: float = 3600.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -318,7 +323,8 @@ def evaluate_run(
       decode_text: tokens before EOS to text.
       answer_sets: of each example, unless `config.answers` is `open`.
       rationale_start_id: the decoder's first input where a rationale is asked for.
-      follow: wait for further checkpoints until training has finished or was stopped.
+      follow: wait for further checkpoints until training has finished or was stopped, or has given
+        no sign of life for `config.give_up_secs`.
       steps: judge these checkpoints instead, again if need be.
 
     Returns:
@@ -326,7 +332,7 @@ def evaluate_run(
     """
     decoder = None
     if steps is None:
-        steps = _unjudged_steps(run, config.poll_secs if follow else None)
+        steps = _unjudged_steps(run, config if follow else None)
     for step in _share_steps(steps):
         started_secs = time.perf_counter()
         is_loaded = True
@@ -348,7 +354,8 @@ def evaluate_run(
         values = {"step": step} | score(predictions)
         values["secs"] = round(time.perf_counter() - started_secs, 3)
         if distributed.is_main():
-            _write_evaluation(run, decoder, predictions, values)
+            with signals.deferred():
+                _write_evaluation(run, decoder, predictions, values)
         print(describe(values), flush=True)
     rows = distributed.share(read_json_rows(run.evaluations))
     if not rows:
@@ -382,9 +389,10 @@ def describe(values: dict) -> str:
     return (f"step {values['step']}: " if "step" in values else "") + ", ".join(shown)
 
 
-def _unjudged_steps(run: RunDir, poll_secs: float | None) -> Iterator[int]:
-    """Steps of checkpoints without an evaluation, ascending; polls for more if told to."""
+def _unjudged_steps(run: RunDir, follow: EvalConfig | None) -> Iterator[int]:
+    """Steps of checkpoints without an evaluation, ascending; waits for more as `follow` says."""
     seen = {row["step"] for row in read_json_rows(run.evaluations)}
+    silence = Silence(run)
     while True:
         # asked before the listing, so that no last checkpoint is missed
         is_over = run.state() in ("finished", "stopped")
@@ -392,10 +400,51 @@ def _unjudged_steps(run: RunDir, poll_secs: float | None) -> Iterator[int]:
         if found:
             seen.add(found[0])
             yield found[0]
-        elif poll_secs is None or is_over:
+        elif follow is None or is_over or silence.is_final(follow):
             return
         else:
-            time.sleep(poll_secs)
+            time.sleep(follow.poll_secs)
+
+
+class Silence:
+    """For how long a run's training has given no sign of life, by this process's own clock.
+
+    A trainer that is killed, or whose machine goes, cannot say so; its heartbeat stops changing.
+    """
+
+    def __init__(self, run: RunDir):
+        self._run = run
+        self._last: str | None = None
+        self._since = time.monotonic()
+        self._is_said = False
+
+    def is_final(self, config: EvalConfig) -> bool:
+        """Whether it has lasted for `config.give_up_secs`. Prints when it begins and ends."""
+        now = time.monotonic()
+        try:
+            beat = self._run.heartbeat.read_text(encoding="utf-8")
+        except OSError:  # none yet, or it is being replaced
+            beat = self._last
+        if beat != self._last:
+            if self._is_said:
+                print("training goes on", flush=True)
+            self._last, self._since, self._is_said = beat, now, False
+            return False
+        secs = now - self._since
+        if secs < config.silence_secs:
+            return False
+        if not self._is_said:
+            self._is_said = True
+            until = f"for {config.give_up_secs:.0f} s" if config.give_up_secs else "for ever"
+            print(
+                f"{self._run.path}: training has given no sign of life for {secs:.0f} s; it was "
+                f"probably killed, and the same `dslt train` resumes it. Waiting {until} in all",
+                flush=True,
+            )
+        if not config.give_up_secs or secs < config.give_up_secs:
+            return False
+        print(f"{self._run.path}: no sign of life for {secs:.0f} s; waits no more", flush=True)
+        return True
 
 
 def _share_steps(steps: Iterable[int]) -> Iterator[int]:

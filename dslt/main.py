@@ -14,12 +14,25 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from dslt import __version__
-from dslt.commands import bench, evaluate, export, extract, import_, plan, predict, sweep, train
-from dslt.commands.processes import INTERRUPTED, fail, is_distributed
+from dslt import __version__, signals
+from dslt.commands import (
+    bench,
+    evaluate,
+    export,
+    extract,
+    import_,
+    plan,
+    predict,
+    replay,
+    sweep,
+    train,
+)
+from dslt.commands.processes import fail, is_distributed
 from dslt.errors import InputError
+from dslt.signals import INTERRUPTED
 
-COMPUTING = ("train", "evaluate", "predict", "bench", "sweep")
+COMMANDS = (extract, train, evaluate, predict, export, import_, sweep, bench, plan, replay)
+COMPUTING = ("train", "evaluate", "predict", "bench", "sweep", "replay")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,14 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         ask_for_huge_pages()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow looks for GPUs, and says so
     try:
-        return args.run(args) or 0
+        with signals.handled():
+            return args.run(args) or 0
     except BrokenPipeError:  # `dslt predict … | head`
         sys.stderr.close()
         return 0
     except (InputError, OSError) as error:  # an OSError: a full disk, a missing right
         return fail(args, f"dslt {args.command}: {error}", 2)
-    except KeyboardInterrupt:
-        return fail(args, "", INTERRUPTED)
+    except KeyboardInterrupt as signal:
+        message = f"dslt {args.command}: stopped on {signal or 'SIGINT'}; {signals.GOES_ON}"
+        return fail(args, message, INTERRUPTED)
     except Exception as error:
         if not is_distributed(args):
             raise
@@ -70,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dslt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (extract, train, evaluate, predict, export, import_, sweep, bench, plan):
+    for command in COMMANDS:
         command.add(commands)
     return parser
 

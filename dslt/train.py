@@ -5,29 +5,50 @@ Imports core, checkpoint, workdir and records. It is handed batches and never se
     state = train(config, model, optimizer, mesh, stream=stream, run=RunDir(path))
 """
 
+import collections
 import dataclasses
-import signal
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from dslt import distributed
-from dslt.checkpoint.manager import CheckpointManager, Layout
+from dslt import distributed, signals
+from dslt.checkpoint.manager import CheckpointManager, Layout, finished_steps
 from dslt.checkpoint.student import read_params
 from dslt.core import attention, flops, losses, sharding, t5, topology
 from dslt.core.batch import Batch, BatchCounts
 from dslt.core.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
-from dslt.core.train_step import StepMetrics, TrainState, init_state, train_step
+from dslt.core.train_step import (
+    ON_NONFINITE,
+    StepMetrics,
+    TrainState,
+    init_state,
+    resumable,
+    train_step,
+)
 from dslt.errors import InputError
+from dslt.nonfinite import NonfiniteStep, keep_batch
 from dslt.workdir import MetricsWriter, RunDir
+
+SHOWN_EXAMPLES = 10
+
+# A step's loss is a spike where it is this many times the median of the last rows' losses, and so
+# many nats per token above it, which noise around a small loss is not. Before FEWEST_ROWS there is
+# no median to speak of.
+SPIKE_FACTOR = 2.0
+SPIKE_NATS = 0.5
+SPIKE_ROWS = 20
+FEWEST_ROWS = 5
+
+MAX_SKIPPED_IN_A_ROW = 50  # that no batch is to blame for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +63,15 @@ class TrainConfig:
       accumulation_steps: microbatches an update, for memory; the update is the same.
       init_from: a run's directory, one of its checkpoints, or a Hugging Face directory; empty
         starts from scratch.
+      branch_from: a run's directory or one of its checkpoints, whose whole state (parameters,
+        optimizer, step) this run goes on from, with its own config; the other run stays as it is.
       save_every_steps: between checkpoints; the last step is always saved.
       keep_checkpoints: the latest so many stay; the best one stays in `best/`.
       log_every_steps: between rows of metrics.jsonl; each row is a mean since the row before.
+      on_nonfinite: what a step does whose loss or gradient is not finite. `stop`: the run ends,
+        saved after the step before. `skip`: it changes no parameter, is counted, and the run goes
+        on, unless MAX_SKIPPED_IN_A_ROW are so. Either keeps its batch in `nonfinite/STEP/`. Seen
+        when a row is logged or a checkpoint saved.
     """
 
     num_steps: int = 10_000
@@ -52,14 +79,26 @@ class TrainConfig:
     seed: int = 0
     accumulation_steps: int = 1
     init_from: str = ""
+    branch_from: str = ""
     save_every_steps: int = 1000
     keep_checkpoints: int = 3
     log_every_steps: int = 100
+    on_nonfinite: str = "stop"
 
     def __post_init__(self):
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise InputError(
+                f"TrainConfig.on_nonfinite is {self.on_nonfinite!r}; expected one of "
+                f"{', '.join(ON_NONFINITE)}"
+            )
         if self.rationale_weight < 0:
             raise InputError(
                 f"TrainConfig.rationale_weight is {self.rationale_weight}; expected 0 or more"
+            )
+        if self.init_from and self.branch_from:
+            raise InputError(
+                f"TrainConfig.init_from is {self.init_from!r} and branch_from is "
+                f"{self.branch_from!r}; expected one of them: parameters alone, or the whole state"
             )
         counts = ("num_steps", "accumulation_steps", "save_every_steps", "log_every_steps")
         for field in (*counts, "keep_checkpoints"):
@@ -82,6 +121,9 @@ class BatchStream(Protocol):
 
     def counts(self, step: int) -> BatchCounts:
         """Of the global batch of a step, the first being step 0."""
+
+    def examples(self, step: int) -> list[str]:
+        """The ids of its examples."""
 
 
 def train(
@@ -123,38 +165,95 @@ def train(
         multiple = sharding.row_multiple(mesh, config.accumulation_steps)
         num_rows = -(-stream.num_rows // multiple) * multiple
         rows = sharding.local_rows(mesh, num_rows)
+        batches = (put_batch(b, mesh, rows, num_rows) for b in stream.batches(start, rows))
+        first = next(batches)
+        step_fn = step_fn.lower(state, first).compile()  # here a signal may end the process
         writer = MetricsWriter(run, first_step=start + 1) if distributed.is_main() else None
-        interval = LogInterval(model_config, mesh.size)
-        batches = stream.batches(start, rows)
+        interval = LogInterval(model_config, mesh.size, writer.kept if writer else ())
         anyone = distributed.AnyProcess(mesh)
-        with StopRequest() as stop, tqdm(initial=start, total=config.num_steps, unit="step") as bar:
-            for step in range(start + 1, config.num_steps + 1):
-                batch = put_batch(next(batches), mesh, rows, num_rows)
+        in_a_row = 0
+        with (
+            signals.deferred() as stop,
+            tqdm(initial=start, total=config.num_steps, unit="step") as bar,
+        ):
+            for step, batch in enumerate(itertools.chain([first], batches), start=start + 1):
                 state, metrics = step_fn(state, batch)
-                interval.add(stream.counts(step - 1), batch, metrics)
+                interval.add(step, stream.counts(step - 1), batch, metrics)
                 bar.update()
 
                 is_stopping = anyone.ask(stop.is_requested, metrics)
                 is_last = step == config.num_steps or is_stopping
-                if step % config.log_every_steps == 0 or is_last:
+                is_logging = step % config.log_every_steps == 0 or is_last
+                is_saving = step % config.save_every_steps == 0 or is_last
+                if is_logging or is_saving:
+                    found, in_a_row = interval.nonfinite(in_a_row)
+                    if config.on_nonfinite == "stop":
+                        found = found[:1]  # later steps met a halted state
+                    keep_nonfinite(run, stream, found)
+                    if found and config.on_nonfinite == "stop":
+                        leave_halted(state, manager, layout, run, stream, found[0])
+                    if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                        set_state(run, "stopped")
+                        raise InputError(too_many_skipped(run, found[-1], in_a_row))
+                if is_logging:
                     values = interval.summary() | {"learning_rate": float(schedule(step - 1))}
                     if writer:
                         writer.write(step, values)
                     bar.set_postfix_str(progress_line(values))
-                if step % config.save_every_steps == 0 or is_last:
+                if is_saving:
                     manager.save(state, layout)
-                if is_stopping:
+                if is_last:
                     break
+            manager.wait()
         if writer:
             writer.close()
-        manager.wait()
     if step == config.num_steps:
         set_state(run, "finished")
     else:
         set_state(run, "stopped")
         name = stop.name or "another process's signal"
-        print(f"Stopped on {name} after step {step}: saved. The same command resumes.")
+        print(f"Stopped on {name} after step {step}: saved in {run.checkpoints / str(step)}.")
+        print("The same command resumes.")
     return state
+
+
+def keep_nonfinite(run: RunDir, stream: BatchStream, found: list[NonfiniteStep]) -> None:
+    """Writes the batches of these steps, and says so."""
+    if not distributed.is_main():
+        return
+    for each in found:
+        batch = next(stream.batches(each.step - 1, np.arange(stream.num_rows)))
+        kept = keep_batch(run, each, batch, stream.examples(each.step - 1))
+        tqdm.write(f"not finite: {each}; " + (f"its batch is in {kept}" if kept else "not kept"))
+
+
+def leave_halted(state, manager, layout, run, stream, first: NonfiniteStep) -> NoReturn:
+    """Saves the state before the step that halted it, and raises InputError."""
+    state = resumable(state)
+    last = int(state.step)
+    manager.wait()
+    if last not in manager.steps():
+        manager.save(state, layout)
+        manager.wait()
+    set_state(run, "stopped")
+    examples = stream.examples(first.step - 1)
+    shown = ", ".join(examples[:SHOWN_EXAMPLES]) + (", …" if len(examples) > SHOWN_EXAMPLES else "")
+    directory = run.nonfinite(first.step)
+    raise InputError(
+        f"{first} is not finite. The run has stopped; what it has learnt until step {last} is "
+        f"saved. The batch's {len(examples)} examples: {shown}. It lies in {directory}; "
+        f"`dslt replay {directory}` says where it is not finite. To leave such steps out and go "
+        "on: --gin \"train.TrainConfig.on_nonfinite = 'skip'\""
+    )
+
+
+def too_many_skipped(run: RunDir, last: NonfiniteStep, in_a_row: int) -> str:
+    """Why a run ends although it may skip."""
+    return (
+        f"{last}; {in_a_row} steps in a row were not finite, so no single batch is to blame. "
+        f"Batches of the first lie in {run.nonfinite(last.step).parent}. Look at them with "
+        "`dslt replay`, or try a lower learning rate"
+    )
 
 
 def set_state(run: RunDir, state: str) -> None:
@@ -167,16 +266,41 @@ def initial_state(config, model_config, optimizer, mesh, manager) -> tuple:
     """The graph definition and the state to start from, placed on the mesh. The first that holds:
 
     1. this run has checkpoints: resume the newest;
-    2. `init_from` is a run's directory or an Orbax checkpoint: its parameters, step 0;
-    3. `init_from` is a Hugging Face directory: its parameters, step 0;
-    4. from scratch, by `seed`.
+    2. `branch_from` is a run's directory or one of its checkpoints: its whole state;
+    3. `init_from` is a run's directory or an Orbax checkpoint: its parameters, step 0;
+    4. `init_from` is a Hugging Face directory: its parameters, step 0;
+    5. from scratch, by `seed`.
     """
     graphdef, abstract = abstract_state(model_config, optimizer, mesh)
     if steps := distributed.share(manager.steps()):
         newest = steps[-1]
         print(f"Resuming {manager.directory} after step {newest}.")
         return graphdef, manager.restore(newest, abstract)
+    if config.branch_from:
+        directory, step = find_branch(Path(config.branch_from))
+        step = distributed.share(step)
+        print(f"Branching from {directory} after step {step}.")
+        with CheckpointManager(directory, read_only=True, together=True) as other:
+            return graphdef, other.restore(step, abstract)
     return new_state(config, model_config, optimizer, mesh)
+
+
+def find_branch(path: Path) -> tuple[Path, int]:
+    """The directory of checkpoints and the step to branch from.
+
+    Raises:
+      InputError: `path` is neither a run with checkpoints nor one of them.
+    """
+    path = path.absolute()
+    if path.name.isdigit() and (path / "opt_state").is_dir():
+        return path.parent, int(path.name)
+    directory = RunDir(path).checkpoints
+    if steps := finished_steps(directory):
+        return directory, steps[-1]
+    raise InputError(
+        f"{path}: has no checkpoint with optimizer state to branch from; expected a run's "
+        "directory or RUN/checkpoints/STEP. A student without it is for train.TrainConfig.init_from"
+    )
 
 
 def abstract_state(model_config: T5Config, optimizer, mesh) -> tuple:
@@ -187,7 +311,7 @@ def abstract_state(model_config: T5Config, optimizer, mesh) -> tuple:
 
 
 def new_state(config: TrainConfig, model_config: T5Config, optimizer, mesh) -> tuple:
-    """As `initial_state`, of a run that has no checkpoints: 2, 3 or 4."""
+    """As `initial_state`, of a run that has no checkpoints and no branch: 3, 4 or 5."""
     graphdef, abstract = abstract_state(model_config, optimizer, mesh)
     shardings = sharding.state_shardings(mesh, abstract)
     if config.init_from:
@@ -214,6 +338,7 @@ def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, sta
         clip_norm=optimizer_config.clip_norm,
         seed=config.seed,
         accumulation_steps=config.accumulation_steps,
+        on_nonfinite=config.on_nonfinite,
         mesh=mesh,
     )
     return jax.jit(
@@ -232,45 +357,88 @@ def put_batch(
     return Batch(*(sharding.put_rows(array, mesh, rows, num_rows) for array in batch))
 
 
-class LogInterval:
-    """What to log of the steps since the last row. Device values are fetched at `summary` only."""
+class Step(NamedTuple):
+    """What is known of a step before the device has done it.
 
-    def __init__(self, model_config: T5Config, num_devices: int):
+    Attributes:
+      number: from 1.
+      counts: of the global batch.
+      room: cells of it, source and target.
+      metrics: on the device.
+    """
+
+    number: int
+    counts: BatchCounts
+    room: tuple[int, int]
+    metrics: StepMetrics
+
+
+class LogInterval:
+    """What to log of the steps since the last row. Device values are fetched where they are asked
+    for, not step by step.
+    """
+
+    def __init__(self, model_config: T5Config, num_devices: int, rows: Sequence[dict] = ()):
+        """`rows` are those logged before, for what a spike is."""
         self.model_config = model_config
         peak = flops.peak_flops(jax.devices()[0])
         self.peak_flops = peak and peak * num_devices
+        losses_before = [row["loss"] for row in rows if "loss" in row]
+        self._losses = collections.deque(losses_before, SPIKE_ROWS)
         self._clear()
 
     def _clear(self) -> None:
-        self.steps: list[StepMetrics] = []
-        self.counts = np.zeros(3)  # examples, source tokens, target tokens
-        self.room = np.zeros(2)  # source, target
+        self.steps: list[Step] = []
+        self._num_looked_at = 0
         self.started_secs = time.perf_counter()
 
-    def add(self, counts: BatchCounts, batch: Batch, metrics: StepMetrics) -> None:
+    def add(self, number: int, counts: BatchCounts, batch: Batch, metrics: StepMetrics) -> None:
         """Counts a global batch and keeps the device's results unfetched."""
-        self.steps.append(metrics)
-        self.counts += counts
-        self.room += batch.encoder_segment_ids.size, batch.decoder_segment_ids.size
+        room = batch.encoder_segment_ids.size, batch.decoder_segment_ids.size
+        self.steps.append(Step(number, counts, room, metrics))
+
+    def nonfinite(self, in_a_row: int) -> tuple[list[NonfiniteStep], int]:
+        """Those of the steps since the last call that are not finite, and how many the last ones
+        are in a row, where `in_a_row` were so before.
+        """
+        new = self.steps[self._num_looked_at :]
+        self._num_looked_at = len(self.steps)
+        found = []
+        for step, is_finite in zip(
+            new, jax.device_get([step.metrics.is_finite for step in new]), strict=True
+        ):
+            in_a_row = 0 if is_finite else in_a_row + 1
+            if not is_finite:
+                loss, grad_norm = float(step.metrics.loss), float(step.metrics.grad_norm)
+                found.append(NonfiniteStep(step.number, loss, grad_norm))
+        return found, in_a_row
 
     def summary(self) -> dict[str, float]:
-        """Means and rates over the interval; then a new interval begins."""
-        steps = jax.device_get(self.steps)
+        """Means over the finite steps and rates over all; then a new interval begins."""
+        everything = jax.device_get([step.metrics for step in self.steps])
         secs = time.perf_counter() - self.started_secs
-        sums = losses.RoleSums(
-            *(np.sum(x, axis=0) for x in zip(*(s.sums for s in steps), strict=True))
+        steps = [metrics for metrics in everything if metrics.is_finite]
+        examples, source, target = np.sum([step.counts for step in self.steps], axis=0).tolist()
+        source_room, target_room = np.sum([step.room for step in self.steps], axis=0).tolist()
+        values = {"loss": float(np.mean([s.loss for s in steps]))} if steps else {}
+        sums = (
+            losses.RoleSums(
+                *(np.sum(x, axis=0) for x in zip(*(s.sums for s in steps), strict=True))
+            )
+            if steps
+            else losses.RoleSums(*np.zeros((3, 2)))
         )
-        examples, source, target = self.counts.tolist()
-        source_room, target_room = self.room.tolist()
-        values = {"loss": float(np.mean([s.loss for s in steps]))}
         for role, name in enumerate(("label", "rationale")):
             tokens = float(sums.tokens[role])
             values[f"{name}_tokens"] = tokens
             if tokens:
                 values[f"{name}_loss"] = float(sums.nll[role]) / tokens
                 values[f"{name}_accuracy"] = float(sums.correct[role]) / tokens
+        if steps:
+            values["grad_norm"] = float(np.mean([s.grad_norm for s in steps]))
         values |= {
-            "grad_norm": float(np.mean([s.grad_norm for s in steps])),
+            "skipped_steps": len(everything) - len(steps),
+            "loss_spikes": self._spikes(everything),
             "source_fill": source / source_room,
             "target_fill": target / target_room,
             "examples_per_sec": examples / secs,
@@ -279,40 +447,31 @@ class LogInterval:
         if self.peak_flops:
             model_flops = flops.train_step_flops(self.model_config, source, target)
             values["mfu"] = model_flops / secs / self.peak_flops
+        if "loss" in values:
+            self._losses.append(values["loss"])
         self._clear()
         return values
+
+    def _spikes(self, metrics: list[StepMetrics]) -> int:
+        """Says which steps' losses are spikes, and counts them."""
+        if len(self._losses) < FEWEST_ROWS:
+            return 0
+        median = float(np.median(self._losses))
+        bound = max(SPIKE_FACTOR * median, median + SPIKE_NATS)
+        spikes = [
+            (step.number, float(found.loss))
+            for step, found in zip(self.steps, metrics, strict=True)
+            if found.is_finite and found.loss > bound
+        ]
+        for number, loss in spikes:
+            tqdm.write(
+                f"loss spike: {loss:.3g} at step {number}, {loss / median:.1f} times the median "
+                f"of the last {len(self._losses)} rows"
+            )
+        return len(spikes)
 
 
 def progress_line(values: dict[str, float]) -> str:
     """What stands behind the progress bar."""
     shown = ("label_loss", "rationale_loss", "label_accuracy", "examples_per_sec")
     return ", ".join(f"{name}={values[name]:.3g}" for name in shown if name in values)
-
-
-class StopRequest:
-    """Inside it, the first SIGTERM or SIGINT asks for a stop; the second acts as ever."""
-
-    def __init__(self):
-        self.name = ""
-
-    @property
-    def is_requested(self) -> bool:
-        return bool(self.name)
-
-    def __enter__(self) -> "StopRequest":
-        self._previous = {
-            number: signal.signal(number, self._request)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def __exit__(self, *_):
-        self._restore()
-
-    def _request(self, number, _frame):
-        self.name = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

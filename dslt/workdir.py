@@ -6,23 +6,35 @@ May import the standard library, numpy and tensorboardX (no TensorFlow, no JAX).
     RUN/run.json            versions, commit, data digests, devices, state of the run
     RUN/student.json        how to speak to the student: prefixes and lengths
     RUN/vocabulary/         a copy of the vocabulary
+    RUN/heartbeat.json      written every few seconds while training lives
     RUN/metrics.jsonl       a row each `log_every_steps`; the same numbers as TensorBoard events
+    RUN/nonfinite/STEP/     the batch of a step whose loss or gradient was not finite
     RUN/checkpoints/        the latest few, with optimizer state
     RUN/evaluations.jsonl   a row each evaluated checkpoint
     RUN/evaluations/STEP/   predictions.jsonl and metrics.json
     RUN/best/               parameters of the best checkpoint on validation
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
+import os
 import platform
+import socket
+import struct
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from dslt import __version__
 from dslt.errors import InputError
-from dslt.files import write_text
+from dslt.files import replacing, write_text
+
+HEARTBEAT_SECS = 10.0
 
 _VERSIONED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 
@@ -62,6 +74,10 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def heartbeat(self) -> Path:
+        return self.path / "heartbeat.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -77,6 +93,10 @@ class RunDir:
         """The directory of one checkpoint's predictions."""
         return self.path / "evaluations" / str(step)
 
+    def nonfinite(self, step: int) -> Path:
+        """The directory of a step that was not finite."""
+        return self.path / "nonfinite" / str(step)
+
     def update_info(self, **fields) -> None:
         """Sets fields of run.json and keeps the others."""
         found = read_json(self.info) if self.info.exists() else {}
@@ -88,8 +108,35 @@ class RunDir:
         return any(step.name.isdigit() for step in steps)
 
     def state(self) -> str | None:
-        """`running`, `stopped` (by a signal, to be resumed), `finished`; None before the start."""
+        """`running`, `stopped` (by a signal or an error, to be resumed), `finished`; None before
+        the start. A training that was killed without a word has left `running`.
+        """
         return read_json(self.info).get("state") if self.info.exists() else None
+
+    @contextlib.contextmanager
+    def beating(self, every_secs: float = HEARTBEAT_SECS) -> Iterator[None]:
+        """Inside, a thread changes `heartbeat` as long as this process lives.
+
+        Whoever waits for the run sees by his own clock whether the file changes; so hosts' clocks
+        may differ, and the file system needs no locks.
+        """
+        is_over = threading.Event()
+
+        def beat() -> None:
+            who = {"host": socket.gethostname(), "pid": os.getpid()}
+            for number in itertools.count():
+                with contextlib.suppress(OSError):  # a full disk is the checkpoint's to tell
+                    write_json(self.heartbeat, who | {"beats": number, "time": time.time()})
+                if is_over.wait(every_secs):
+                    return
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,29 +171,77 @@ class StudentFormat:
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl and the same numbers to TensorBoard event files."""
+    """Appends rows to metrics.jsonl and the same numbers to TensorBoard event files.
+
+    Attributes:
+      kept: the rows that were there already.
+    """
 
     def __init__(self, run: RunDir, first_step: int):
-        """Rows from `first_step` on, left by a run that stopped later than its checkpoint, go."""
-        from tensorboardX import SummaryWriter  # 0.3 s that `dslt --help` does not pay
+        """Rows and events from `first_step` on, left by a run that stopped later than its
+        checkpoint, go.
+        """
+        # Not SummaryWriter: it writes in a thread of its own, and a kill loses what `flush` flushed
+        from tensorboardX.event_file_writer import EventsWriter  # 0.3 s that `dslt --help` spares
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        keep = [row for row in read_json_rows(run.metrics) if row["step"] < first_step]
-        write_json_rows(run.metrics, keep)
+        self.kept = [row for row in read_json_rows(run.metrics) if row["step"] < first_step]
+        write_json_rows(run.metrics, self.kept)
+        for path in run.path.glob("events.out.tfevents.*"):
+            _cut_events(path, first_step)
         self._file = run.metrics.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run.path), purge_step=first_step or None)
+        suffix = f".{os.getpid()}.{first_step}"  # else two starts in one second share a file
+        self._events = EventsWriter(str(run.path / "events"), suffix)
+        if first_step > 1:  # a TensorBoard that has read what went forgets it
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(step=first_step, session_log=start))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One row; both files are flushed."""
+        """One row, in both files; both are flushed."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+        self._events.write_event(event)
         self._events.flush()
 
     def close(self) -> None:
         """Closes both files."""
         self._file.close()
         self._events.close()
+
+
+def _cut_events(path: Path, first_step: int) -> None:
+    """Takes the events from a step on out of an event file, and a record that a kill cut off."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    records = list(_records(path.read_bytes()))
+    kept = []
+    for record, data in records:
+        event = Event.FromString(data)
+        if not event.HasField("summary") or event.step < first_step:
+            kept.append(record)
+    if sum(map(len, kept)) < path.stat().st_size:
+        with replacing(path, "wb") as file:
+            file.writelines(kept)
+
+
+def _records(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The whole records of a TFRecord file, framed and bare.
+
+    A record is its length (uint64), the length's checksum, its bytes, their checksum.
+    """
+    start = 0
+    while start + 12 <= len(content):
+        (length,) = struct.unpack_from("<Q", content, start)
+        end = start + 12 + length + 4
+        if end > len(content):
+            return
+        yield content[start:end], content[start + 12 : end - 4]
+        start = end
 
 
 def environment() -> dict:

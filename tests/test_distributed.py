@@ -23,12 +23,13 @@ import pytest
 from dslt import config, distributed
 from dslt.checkpoint import student
 from dslt.checkpoint.manager import finished_steps
-from dslt.commands.processes import INTERRUPTED, start_processes
+from dslt.commands.processes import start_processes
 from dslt.commands.train import open_train_stream
 from dslt.core.sharding import MeshConfig, make_mesh
 from dslt.errors import InputError
 from dslt.main import build_parser, main
 from dslt.records import read_examples, read_predictions
+from dslt.signals import INTERRUPTED
 from dslt.workdir import RunDir, read_json_rows
 
 HANG_SECS = 300  # a group takes a tenth of it where two cores are free

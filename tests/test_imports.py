@@ -17,14 +17,15 @@ ROOT = Path(__file__).parents[1]
 # What of dslt a wing (a package, or a module at the top) may import. The root package, which holds
 # the version alone, `errors` and `files` are open to all; None joins everything.
 # Stages are handed batches, and never see SeqIO.
-STAGE = ("core", "checkpoint", "workdir", "metrics", "records", "distributed")
+STAGE = ("core", "checkpoint", "workdir", "metrics", "records", "distributed", "signals")
 MAY_IMPORT = {
     "errors": (),
     "files": (),
     "records": (),
     "metrics": (),
     "workdir": ("records", "metrics"),
-    "distributed": (),
+    "signals": (),
+    "distributed": ("signals",),
     "report": ("workdir", "records", "metrics"),
     "core": ("core",),
     "data": ("data", "core.batch", "records", "metrics"),
@@ -43,6 +44,7 @@ MAY_IMPORT = {
 MAY_INSTALL = {
     "errors": (),
     "files": (),
+    "signals": (),
     "records": ("numpy",),
     "metrics": ("numpy",),
     "workdir": ("numpy", "tensorboardX"),

@@ -18,8 +18,9 @@ from dslt.checkpoint.manager import CheckpointManager
 from dslt.commands.evaluate import make_answer_sets
 from dslt.data.vocabulary import load_vocabulary
 from dslt.evaluate import EvalConfig
-from dslt.main import INTERRUPTED, main
+from dslt.main import main
 from dslt.records import read_examples, read_predictions
+from dslt.signals import INTERRUPTED
 from dslt.workdir import RunDir, read_json, read_json_rows
 
 SMALL = (
@@ -160,8 +161,8 @@ def test_another_config_on_the_same_directory_is_refused_with_the_difference(run
     args = train_args(records, run.path, "train.TrainConfig.rationale_weight = 0.25")
     assert main(args) == 2
     message = capsys.readouterr().err
-    assert "-train.TrainConfig.rationale_weight = 1.0" in message
-    assert "+train.TrainConfig.rationale_weight = 0.25" in message
+    assert "train.TrainConfig.rationale_weight: was 1.0, now 0.25" in message
+    assert "--branch_from" in message
 
 
 def test_a_killed_run_resumes_to_the_same_parameters(run, records, tmp_path):

@@ -14,7 +14,11 @@ def add(commands) -> None:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--run_dir", help="judges its checkpoints that were not judged yet")
     source.add_argument("--predictions", help="a predictions.jsonl to score again, without a model")
-    command.add_argument("--follow", action="store_true", help="until training has ended")
+    command.add_argument(
+        "--follow",
+        action="store_true",
+        help="until training has ended, or gives no sign of life for EvalConfig.give_up_secs",
+    )
     command.add_argument(
         "--step", type=int, action="append", help="this checkpoint, again if need be; repeatable"
     )

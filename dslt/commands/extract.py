@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from dslt.commands.arguments import add_command, fields_of, positive, require
-from dslt.commands.processes import INTERRUPTED
 from dslt.errors import InputError
+from dslt.signals import INTERRUPTED
 
 # What an entry of a --teachers file may say; what it leaves out is as the flags have it.
 TEACHER_FIELDS = (

@@ -6,8 +6,6 @@ import sys
 from dslt.commands.arguments import positive
 from dslt.errors import InputError
 
-INTERRUPTED = 130  # an exit status, as a shell has it for SIGINT
-
 # Flags that may be left to the environment, so that the command is the same on every worker.
 PROCESS_VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",

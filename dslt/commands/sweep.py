@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from dslt.commands.arguments import add_command, add_gin_flag, positive
-from dslt.commands.processes import INTERRUPTED
+from dslt import signals
 from dslt.errors import InputError
 
 POLL_SECS = 0.2
@@ -122,12 +122,12 @@ def run_all(args, names: list[str], directory: Path) -> int:
     waiting, under_way, failed, busy = list(names), {}, [], []
     free_cores = share_cores(args.jobs)
     started_secs = time.perf_counter()
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with signals.deferred() as stop:
         while waiting or under_way:
+            if stop.is_requested:
+                return stop_all([process for process, *_ in under_way.values()])
             while waiting and len(under_way) < args.jobs:
-                name = waiting.pop(0)
-                cores = free_cores.pop()
+                name, cores = waiting.pop(0), free_cores.pop()
                 process = start_run(args, name, directory, environment, cores)
                 under_way[name] = process, cores, time.perf_counter()
             time.sleep(POLL_SECS)
@@ -143,21 +143,22 @@ def run_all(args, names: list[str], directory: Path) -> int:
                 secs = time.perf_counter() - began_secs
                 print(f"[{done}/{len(names)}] {secs:,.0f} s  {describe(directory / name, status)}")
                 sys.stdout.flush()
-    except KeyboardInterrupt:
-        for process, *_ in under_way.values():
-            process.send_signal(signal.SIGTERM)
-        for process, *_ in under_way.values():
-            process.wait()
-        print("Stopped: what was under way is saved. The same command goes on.")
-        return INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     print(f"{len(names)} runs in {(time.perf_counter() - started_secs) / 60:,.1f} minutes")
     if busy:
         print(f"{len(busy)} of them are worked on by another process: {', '.join(busy)}")
     if failed:
         print(f"{len(failed)} failed; the same command tries them again", file=sys.stderr)
     return 1 if failed else 0
+
+
+def stop_all(processes: list[subprocess.Popen]) -> int:
+    """Hands a signal on and waits until what was under way is saved."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        process.wait()
+    print("Stopped: what was under way is saved. The same command goes on.")
+    return signals.INTERRUPTED
 
 
 def share_cores(jobs: int) -> list[tuple[int, ...]]:

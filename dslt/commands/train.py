@@ -1,16 +1,27 @@
 """`dslt train`: a run, from nothing or from where it stopped."""
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 from dslt.commands.arguments import add_command, add_gin_flag
-from dslt.commands.processes import INTERRUPTED, add_process_flags, start_processes
+from dslt.commands.processes import add_process_flags, start_processes
 from dslt.errors import InputError
+from dslt.files import write_text
+from dslt.signals import INTERRUPTED
 
 
 def add(commands) -> None:
     command = add_command(commands, "train", train, "train a student, or go on with its training")
     command.add_argument("gin_files", nargs="+", help="later files override earlier ones")
     command.add_argument("--run_dir", required=True, help="made, or resumed if it is this run's")
+    command.add_argument(
+        "--branch_from",
+        metavar="RUN",
+        help="go on from this run's newest checkpoint, or from RUN/checkpoints/STEP, with another "
+        "config, in a --run_dir of its own; short for train.TrainConfig.branch_from",
+    )
     add_gin_flag(command)
     add_process_flags(command)
 
@@ -22,28 +33,60 @@ def train(args) -> int:
     from dslt.train import train as run_training
     from dslt.workdir import RunDir
 
-    configs = config.parse(args.gin_files, args.gin)
+    branch = args.branch_from
+    bindings = [f"train.TrainConfig.branch_from = {branch!r}"] if branch else []
+    configs = config.parse(args.gin_files, [*args.gin, *bindings])
     run = RunDir(Path(args.run_dir))
+    changes = []
     with distributed.main_first():
-        config.check_run(run, configs)
+        if distributed.is_main():  # before it writes the new config, which the others would find
+            changes = config.check_run(run, configs)
         stream, vocabulary = open_train_stream(run, configs)
         if distributed.is_main():
-            run.path.mkdir(parents=True, exist_ok=True)
-            run.config.write_text(configs.text, encoding="utf-8")
+            write_text(run.config, configs.text)
     distributed.check_same("the config", configs.text)
     distributed.check_same("the digest of the records", list(stream.records_digests.values()))
-    describe_run(run, configs, stream, vocabulary)
-    state = run_training(
-        configs.train,
-        configs.model,
-        configs.optimizer,
-        configs.mesh,
-        stream=stream,
-        run=run,
-    )
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(run.beating())
+            stack.enter_context(stopped_by_errors(run))
+        describe_run(run, configs, stream, vocabulary)
+        record_changes(run, changes)
+        state = run_training(
+            configs.train,
+            configs.model,
+            configs.optimizer,
+            configs.mesh,
+            stream=stream,
+            run=run,
+        )
     if stream.left_out:
         print(f"warning: {stream.left_out} examples found no room in an epoch and were left out")
     return 0 if int(state.step) >= configs.train.num_steps else INTERRUPTED
+
+
+@contextlib.contextmanager
+def stopped_by_errors(run) -> Iterator[None]:
+    """Says in run.json that the run has stopped, where the block ends by an error or a signal."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError, InputError):
+            run.update_info(state="stopped")
+        raise
+
+
+def record_changes(run, changes) -> None:
+    """Prints what of the config is another than before, and adds it to run.json."""
+    from dslt import distributed
+    from dslt.workdir import read_json
+
+    if not changes or not distributed.is_main():
+        return
+    for change in changes:
+        print(f"changed     {change}")
+    before = read_json(run.info).get("config_changes", [])
+    run.update_info(config_changes=[*before, [str(change) for change in changes]])
 
 
 def open_train_stream(run, configs) -> tuple:
@@ -51,6 +94,8 @@ def open_train_stream(run, configs) -> tuple:
     from dslt import distributed
     from dslt.data.pipeline import TrainStream, make_vocabulary
     from dslt.data.vocabulary import load_vocabulary
+    from dslt.train import find_branch
+    from dslt.workdir import RunDir
 
     if not distributed.is_main() and not run.vocabulary.is_dir():
         raise InputError(
@@ -60,7 +105,11 @@ def open_train_stream(run, configs) -> tuple:
     if run.has_checkpoints() or not distributed.is_main():
         vocabulary = load_vocabulary(run.vocabulary)
     else:
-        vocabulary = make_vocabulary(configs.data, run.vocabulary)
+        data = configs.data
+        if configs.train.branch_from:  # its tokens must mean what they meant
+            other = RunDir(find_branch(Path(configs.train.branch_from))[0].parent)
+            data = dataclasses.replace(data, vocabulary=str(other.vocabulary))
+        vocabulary = make_vocabulary(data, run.vocabulary)
     if vocabulary.size > configs.model.vocab_size:
         raise InputError(
             f"the vocabulary {configs.data.vocabulary!r} has {vocabulary.size:,} ids, but "
@@ -97,6 +146,7 @@ def describe_run(run, configs, stream, vocabulary) -> None:
 
     from dslt import distributed, workdir
     from dslt.core import t5
+    from dslt.train import find_branch
 
     if not distributed.is_main():
         return
@@ -118,7 +168,12 @@ def describe_run(run, configs, stream, vocabulary) -> None:
         rationale_start_id=data.rationale_start_id,
         target_layout=data.target_layout,
     ).write(run.student)
+    branch = {}
+    if configs.train.branch_from and not run.has_checkpoints():
+        checkpoints, step = find_branch(Path(configs.train.branch_from))
+        branch["branched_from"] = {"checkpoints": str(checkpoints), "step": step}
     run.update_info(
+        **branch,
         state="running",
         seed=configs.train.seed,
         rationale_weight=configs.train.rationale_weight,

@@ -51,6 +51,11 @@ class OptimizerConfig:
                 )
 
 
+def is_decaying(config: OptimizerConfig) -> bool:
+    """Whether the learning rate of a step depends on the number of steps in all."""
+    return config.schedule in ("linear", "cosine")
+
+
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Step (0-based) to learning rate."""
     peak, warmup = config.learning_rate, config.warmup_steps

@@ -15,9 +15,15 @@ from dslt.core.batch import Batch
 from dslt.core.cross_entropy import linear_cross_entropy
 from dslt.errors import InputError
 
+ON_NONFINITE = ("stop", "skip")
+
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds. `step` counts the finished updates: a scalar int32."""
+    """What a checkpoint holds. `step` counts the finished steps: a scalar int32.
+
+    A negative step -n is a state that was halted: step n was not finite, and parameters and
+    optimizer state are still those before it (see `resumable`).
+    """
 
     step: jax.Array
     params: dict
@@ -31,16 +37,23 @@ class StepMetrics(NamedTuple):
       loss: the objective, nats per token.
       sums: RoleSums, [2] each.
       grad_norm: of the objective's gradient before clipping.
+      is_finite: whether loss and gradient are, bool; else the step changed no parameter.
     """
 
     loss: jax.Array
     sums: losses.RoleSums
     grad_norm: jax.Array
+    is_finite: jax.Array
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0 with fresh optimizer state."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def resumable(state: TrainState) -> TrainState:
+    """The state itself; of a halted one, that before the step which was not finite."""
+    return state._replace(step=jnp.where(state.step < 0, -state.step - 1, state.step))
 
 
 def train_step(
@@ -53,9 +66,13 @@ def train_step(
     clip_norm: float,
     seed: int,
     accumulation_steps: int = 1,
+    on_nonfinite: str = "skip",
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Takes one update.
+
+    A loss or gradient that is not finite never reaches the parameters. That is decided on the
+    device, so the host need not look at every step.
 
     Args:
       state: before the step.
@@ -65,6 +82,8 @@ def train_step(
       clip_norm: of the global gradient; 0 turns clipping off.
       seed: dropout keys are folded from it and the step.
       accumulation_steps: microbatches that the rows are dealt to, one after the other in memory.
+      on_nonfinite: `skip` leaves parameters and moments as they were and goes on; `stop` halts the
+        state: no later step changes it.
       mesh: what the state and the batch are placed on; None on one device.
 
     Returns:
@@ -73,6 +92,44 @@ def train_step(
     Raises:
       InputError: the rows cannot be dealt out evenly.
     """
+    (loss, sums), grads = gradient_of(
+        state.params,
+        batch,
+        state.step,
+        graphdef=graphdef,
+        rationale_weight=rationale_weight,
+        seed=seed,
+        accumulation_steps=accumulation_steps,
+        mesh=mesh,
+    )
+    with jax.named_scope("optimizer"):
+        grad_norm = optax.tree.norm(grads)
+        if clip_norm:
+            scale = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        settle = _halt if on_nonfinite == "stop" else _skip
+        new_state = settle(state, TrainState(state.step + 1, params, opt_state), is_finite)
+    return new_state, StepMetrics(loss, sums, grad_norm, is_finite)
+
+
+def gradient_of(
+    params: dict,
+    batch: Batch,
+    step: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    rationale_weight: float,
+    seed: int,
+    accumulation_steps: int,
+    mesh: jax.sharding.Mesh | None,
+) -> tuple[tuple[jax.Array, losses.RoleSums], dict]:
+    """((objective, RoleSums), its gradient) of a batch; arguments and errors as of `train_step`.
+
+    `step` is that before the update, from 0: dropout depends on it.
+    """
     rows = batch.decoder_target_tokens.shape[0]
     if rows % accumulation_steps:
         raise InputError(
@@ -80,7 +137,7 @@ def train_step(
             "`pad_rows` to a multiple"
         )
     tokens = losses.role_weights(batch).sum((1, 2))  # of the whole global batch, before the split
-    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
 
     def microbatch_loss(params, microbatch, key):
         with sharding.inside(mesh):
@@ -95,19 +152,28 @@ def train_step(
 
     gradient = jax.value_and_grad(microbatch_loss, has_aux=True)
     if accumulation_steps == 1:
-        (loss, sums), grads = gradient(state.params, batch, step_key)
-    else:
-        (loss, sums), grads = _accumulate(
-            gradient, state.params, batch, step_key, accumulation_steps
-        )
-    with jax.named_scope("optimizer"):
-        grad_norm = optax.tree.norm(grads)
-        if clip_norm:
-            scale = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-12))
-            grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, sums, grad_norm)
+        return gradient(params, batch, step_key)
+    return _accumulate(gradient, params, batch, step_key, accumulation_steps)
+
+
+def _skip(state: TrainState, new: TrainState, is_finite: jax.Array) -> TrainState:
+    """`new`, but every real number as in `state` where the step is not finite.
+
+    Counters go on, so that the learning rate stays a function of the step.
+    """
+
+    def choose(old, new):
+        return jnp.where(is_finite, new, old) if jnp.issubdtype(new, jnp.floating) else new
+
+    return jax.tree.map(choose, state, new)
+
+
+def _halt(state: TrainState, new: TrainState, is_finite: jax.Array) -> TrainState:
+    """`new`, but `state` where it is halted or the step is not finite; then it is halted."""
+    is_going_on = is_finite & (state.step >= 0)
+    chosen = jax.tree.map(lambda old, new: jnp.where(is_going_on, new, old), state, new)
+    halted_step = jnp.where(state.step < 0, state.step, -new.step)
+    return chosen._replace(step=jnp.where(is_going_on, new.step, halted_step))
 
 
 def _accumulate(gradient, params, batch: Batch, step_key, num: int):

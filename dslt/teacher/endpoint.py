@@ -431,13 +431,17 @@ def _stop_on_signals(stop: asyncio.Event, workers: list[asyncio.Task]) -> Iterat
             print("\nstopping: waiting for what is under way", file=sys.stderr)
             stop.set()
 
-    handled = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # no main thread
+    previous = {}
+    with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # no main thread
+        wakeup = signal.set_wakeup_fd(-1)  # asyncio takes both away, and gives neither back
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.getsignal(number)
             loop.add_signal_handler(number, handle)
-            handled.append(number)
     try:
         yield
     finally:
-        for number in handled:
+        for number, handler in previous.items():
             loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+        if previous:
+            signal.set_wakeup_fd(wakeup)
