@@ -18,6 +18,7 @@ from dslt import __version__
 from dslt.commands import bench, evaluate, export, extract, import_, plan, predict, train
 from dslt.commands.processes import INTERRUPTED, fail, is_distributed
 from dslt.errors import InputError
+from dslt.files import full_disk_error
 
 COMPUTING = ("train", "evaluate", "predict", "bench")
 
@@ -36,8 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dslt predict … | head`
         sys.stderr.close()
         return 0
-    except (InputError, OSError) as error:  # an OSError: a full disk, a missing right
+    except InputError as error:
         return fail(args, f"dslt {args.command}: {error}", 2)
+    except OSError as error:  # a missing right, a full disk
+        where = getattr(args, "run_dir", None) or getattr(args, "output_dir", None) or "."
+        message = full_disk_error(error.filename or where, error) or error
+        return fail(args, f"dslt {args.command}: {message}", 2)
     except KeyboardInterrupt:
         return fail(args, "", INTERRUPTED)
     except Exception as error:

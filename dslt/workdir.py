@@ -18,11 +18,12 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 from dslt import __version__
 from dslt.errors import InputError
-from dslt.files import write_text
+from dslt.files import naming_full_disk, write_text
 
 _VERSIONED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 
@@ -87,6 +88,16 @@ class RunDir:
         steps = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return any(step.name.isdigit() for step in steps)
 
+    def has_saved(self, save_every_steps: int) -> bool:
+        """Whether a checkpoint was written once, wherever it is now.
+
+        A run that ended has saved. One that was killed logs steps beyond its second save only
+        after its first is on disk.
+        """
+        rows = read_json_rows(self.metrics)
+        is_past_one = bool(rows) and rows[-1]["step"] > 2 * save_every_steps
+        return self.state() in ("finished", "stopped") or is_past_one
+
     def state(self) -> str | None:
         """`running`, `stopped` (by a signal, to be resumed), `finished`; None before the start."""
         return read_json(self.info).get("state") if self.info.exists() else None
@@ -126,20 +137,31 @@ class MetricsWriter:
 
     def __init__(self, run: RunDir, first_step: int):
         """Rows from `first_step` on, left by a run that stopped later than its checkpoint, go."""
-        from tensorboardX import SummaryWriter  # 0.3 s that `dslt --help` does not pay
+        # 0.3 s that `dslt --help` does not pay. Not SummaryWriter: its thread ends at a full disk,
+        # and whoever writes then waits for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         keep = [row for row in read_json_rows(run.metrics) if row["step"] < first_step]
         write_json_rows(run.metrics, keep)
         self._file = run.metrics.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run.path), purge_step=first_step or None)
+        self._events = EventsWriter(str(run.path / "events"))
+        purge = SessionLog(status=SessionLog.START)  # TensorBoard forgets what came after
+        self._events.write_event(Event(step=first_step, wall_time=time.time(), session_log=purge))
+        self._path = run.metrics
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One row; both files are flushed."""
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
+        """One row; both files are flushed. Raises InputError where the disk is full."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        with naming_full_disk(self._path):
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
+                self._events.write_event(event)
+            self._events.flush()
 
     def close(self) -> None:
         """Closes both files."""

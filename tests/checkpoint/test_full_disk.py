@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 
 import fault_injection
 import pytest
@@ -11,19 +10,6 @@ from dslt.checkpoint.layout import Layout
 from dslt.checkpoint.manager import CheckpointManager
 from dslt.errors import InputError
 from dslt.train import newest_whole
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system with room for three or four checkpoints; its size can be set."""
-
-    def mount(*arguments):
-        return subprocess.run(["mount", *arguments, str(tmp_path)], capture_output=True).returncode
-
-    if os.geteuid() != 0 or mount("-t", "tmpfs", "-o", "size=1400k", "tmpfs"):
-        pytest.skip("no right to mount a file system of its own; ENOSPC is injected above")
-    yield tmp_path, lambda size: mount("-o", f"remount,size={size}")
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -43,7 +29,7 @@ def test_an_error_of_the_background_save_becomes_a_message(number, tmp_path, mon
 
 
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_room_heals_it(small_disk):
-    path, resize = small_disk
+    path, resize = small_disk("1400k")
     checkpoints = path / "checkpoints"
     with pytest.raises(InputError, match=f"mounted at {path}. .* Make room there") as caught:
         save_until(checkpoints, 9)
@@ -51,7 +37,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_room_heals_it(sma
     with CheckpointManager(checkpoints, together=True) as manager:
         newest = newest_whole(manager, manager.steps())
         assert 1 <= newest < 9 and newest == manager.steps()[-1]
-    assert resize("20m") == 0
+    resize("20m")
     save_until(checkpoints, 9)
     with CheckpointManager(checkpoints, together=True) as manager:
         assert manager.steps() == list(range(1, 10))
