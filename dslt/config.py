@@ -147,10 +147,11 @@ def check_run(run: RunDir, configs: Configs) -> list[Change]:
       InputError: the directory is of a run with another config; the difference is shown.
     """
     if not run.has_checkpoints():
-        if run.evaluations.exists() or run.best.exists():
+        every = configs.train.save_every_steps
+        if run.evaluations.exists() or run.best.exists() or run.has_saved(every):
             raise InputError(
-                f"{run.path}: holds evaluations of an earlier training whose checkpoints are gone; "
-                "choose another --run_dir"
+                f"{run.path}: holds an earlier training, and its checkpoints are gone; restore "
+                "them from a copy, or choose another --run_dir to begin anew"
             )
         return []
     if not run.config.exists():

@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from dslt import distributed, metrics, signals
 from dslt.checkpoint import student
-from dslt.checkpoint.manager import CheckpointManager, Layout, finished_steps
+from dslt.checkpoint.integrity import DamagedCheckpoint
+from dslt.checkpoint.layout import Layout
+from dslt.checkpoint.manager import CheckpointManager, finished_steps
 from dslt.core import sharding, t5
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.core.continuous import ContinuousDecoder
@@ -29,6 +31,7 @@ from dslt.workdir import RunDir, read_json_rows, write_json, write_json_rows
 
 ANSWERS = ("open", "trie", "likelihood")
 GREEDY = DecodeConfig()
+DELETION_SECS = 1.0  # that training may take to delete an old checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Decoder:
 
     def load_step(self, checkpoints: Path, step: int) -> None:
         """Takes the parameters of another checkpoint of the same run."""
+        student.check_params(checkpoints, step)
         with CheckpointManager(checkpoints, read_only=True) as manager:
             self.params = manager.restore_params(step, self._placed)
         self._prepared = self._continuous.prepare(self.params)
@@ -325,28 +329,35 @@ def evaluate_run(
       rationale_start_id: the decoder's first input where a rationale is asked for.
       follow: wait for further checkpoints until training has finished or was stopped, or has given
         no sign of life for `config.give_up_secs`.
-      steps: judge these checkpoints instead, again if need be.
+      steps: judge these checkpoints instead, again if need be. A damaged one is an error among
+        these, and is named and skipped otherwise.
 
     Returns:
       The rows of evaluations.jsonl, those of earlier calls included.
     """
-    decoder = None
+    decoder, skipped = None, []
+    is_asked_for = steps is not None
     if steps is None:
         steps = _unjudged_steps(run, config if follow else None)
     for step in _share_steps(steps):
         started_secs = time.perf_counter()
-        is_loaded = True
+        problem = ""
         try:
             if decoder is None:
                 decoder = Decoder(run.checkpoints / str(step), mesh_config, config.rows)
             else:
                 decoder.load_step(run.checkpoints, step)
-        except (OSError, KeyError, ValueError):
-            if step in finished_steps(run.checkpoints):
+        except (OSError, KeyError, ValueError) as error:
+            time.sleep(DELETION_SECS)  # one that training is deleting looks damaged
+            if step not in finished_steps(run.checkpoints):
+                problem = "is no longer there, newer checkpoints replaced it"
+            elif isinstance(error, DamagedCheckpoint) and not is_asked_for:
+                problem = str(error)
+            else:
                 raise
-            is_loaded = False
-        if not all(distributed.gather(is_loaded)):
-            print(f"step {step}: is no longer there, newer checkpoints replaced it; skipped")
+        if problems := [text for text in distributed.gather(problem) if text]:
+            print(f"step {step}: {problems[0]}; skipped", flush=True)
+            skipped.append(problems[0])
             continue
         predictions = predict(
             decoder, examples, config, decode_text, answer_sets, rationale_start_id
@@ -359,9 +370,8 @@ def evaluate_run(
         print(describe(values), flush=True)
     rows = distributed.share(read_json_rows(run.evaluations))
     if not rows:
-        raise InputError(
-            f"{run.checkpoints}: has no checkpoint yet; expected one from `dslt train`"
-        )
+        found = "no checkpoint that is whole" if skipped else "no checkpoint yet"
+        raise InputError(f"{run.checkpoints}: has {found}; expected one from `dslt train`")
     return rows
 
 

@@ -29,6 +29,7 @@ from dslt.commands import (
 )
 from dslt.commands.processes import fail, is_distributed
 from dslt.errors import InputError
+from dslt.files import full_disk_error
 from dslt.signals import INTERRUPTED
 
 COMMANDS = (extract, train, evaluate, predict, export, import_, sweep, bench, plan, replay)
@@ -50,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `dslt predict … | head`
         sys.stderr.close()
         return 0
-    except (InputError, OSError) as error:  # an OSError: a full disk, a missing right
+    except InputError as error:
         return fail(args, f"dslt {args.command}: {error}", 2)
+    except OSError as error:  # a missing right, a full disk
+        where = getattr(args, "run_dir", None) or getattr(args, "output_dir", None) or "."
+        message = full_disk_error(error.filename or where, error) or error
+        return fail(args, f"dslt {args.command}: {message}", 2)
     except KeyboardInterrupt as signal:
         message = f"dslt {args.command}: stopped on {signal or 'SIGINT'}; {signals.GOES_ON}"
         return fail(args, message, INTERRUPTED)

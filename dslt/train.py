@@ -8,6 +8,7 @@ Imports core, checkpoint, workdir and records. It is handed batches and never se
 import collections
 import dataclasses
 import itertools
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dslt import distributed, signals
-from dslt.checkpoint.manager import CheckpointManager, Layout, finished_steps
+from dslt.checkpoint.layout import Layout
+from dslt.checkpoint.manager import CheckpointManager, finished_steps
 from dslt.checkpoint.student import read_params
 from dslt.core import attention, flops, losses, sharding, t5, topology
 from dslt.core.batch import Batch, BatchCounts
@@ -273,7 +275,8 @@ def initial_state(config, model_config, optimizer, mesh, manager) -> tuple:
     """
     graphdef, abstract = abstract_state(model_config, optimizer, mesh)
     if steps := distributed.share(manager.steps()):
-        newest = steps[-1]
+        newest = newest_whole(manager, steps)
+        manager.check_layout(newest, Layout(model_config))
         print(f"Resuming {manager.directory} after step {newest}.")
         return graphdef, manager.restore(newest, abstract)
     if config.branch_from:
@@ -301,6 +304,36 @@ def find_branch(path: Path) -> tuple[Path, int]:
         f"{path}: has no checkpoint with optimizer state to branch from; expected a run's "
         "directory or RUN/checkpoints/STEP. A student without it is for train.TrainConfig.init_from"
     )
+
+
+def newest_whole(manager: CheckpointManager, steps: Sequence[int]) -> int:
+    """The newest of these steps whose checkpoint is what was saved.
+
+    Damaged ones after it are named and set aside, for their steps will be saved again. Each of
+    several processes reads its share of the arrays, and all agree.
+
+    Raises:
+      InputError: none is whole; nothing is moved then, and nothing begins anew.
+    """
+    damaged = {}
+    for step in reversed(steps):
+        found = manager.find_damage(step, part=jax.process_index(), parts=jax.process_count())
+        damages = [damage for damage in distributed.gather(found) if damage]
+        if not damages:
+            break
+        damaged[step] = damages[0]
+    else:
+        raise InputError(
+            f"{manager.directory}: none of its checkpoints is whole, so there is nothing to resume;"
+            " restore one from a copy, or choose another --run_dir to begin anew:\n  "
+            + "\n  ".join(damaged.values())
+        )
+    for other, damage in damaged.items():
+        print(f"warning: {damage}", file=sys.stderr)
+        where = distributed.share(str(manager.set_aside(other)) if distributed.is_main() else None)
+        print(f"warning: set aside as {where}; taking the checkpoint before it", file=sys.stderr)
+    manager.steps()  # all see what is left
+    return step
 
 
 def abstract_state(model_config: T5Config, optimizer, mesh) -> tuple:

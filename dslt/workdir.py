@@ -32,7 +32,7 @@ from pathlib import Path
 
 from dslt import __version__
 from dslt.errors import InputError
-from dslt.files import replacing, write_text
+from dslt.files import naming_full_disk, replacing, write_text
 
 HEARTBEAT_SECS = 10.0
 
@@ -106,6 +106,16 @@ class RunDir:
         """Whether there is something to resume; until then the run may begin anew."""
         steps = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return any(step.name.isdigit() for step in steps)
+
+    def has_saved(self, save_every_steps: int) -> bool:
+        """Whether a checkpoint was written once, wherever it is now.
+
+        A run that ended has saved. One that was killed logs steps beyond its second save only
+        after its first is on disk.
+        """
+        rows = read_json_rows(self.metrics)
+        is_past_one = bool(rows) and rows[-1]["step"] > 2 * save_every_steps
+        return self.state() in ("finished", "stopped") or is_past_one
 
     def state(self) -> str | None:
         """`running`, `stopped` (by a signal or an error, to be resumed), `finished`; None before
@@ -181,7 +191,8 @@ class MetricsWriter:
         """Rows and events from `first_step` on, left by a run that stopped later than its
         checkpoint, go.
         """
-        # Not SummaryWriter: it writes in a thread of its own, and a kill loses what `flush` flushed
+        # Not SummaryWriter, which writes in a thread of its own: a kill loses what `flush` flushed,
+        # and at a full disk the thread ends and whoever writes then waits for ever.
         from tensorboardX.event_file_writer import EventsWriter  # 0.3 s that `dslt --help` spares
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -195,18 +206,20 @@ class MetricsWriter:
         if first_step > 1:  # a TensorBoard that has read what went forgets it
             start = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(step=first_step, session_log=start))
+        self._path = run.metrics
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One row, in both files; both are flushed."""
+        """One row, in both files; both are flushed. Raises InputError where the disk is full."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
-        self._events.write_event(event)
-        self._events.flush()
+        with naming_full_disk(self._path):
+            self._file.write(json.dumps({"step": step} | values) + "\n")
+            self._file.flush()
+            self._events.write_event(event)
+            self._events.flush()
 
     def close(self) -> None:
         """Closes both files."""

@@ -5,6 +5,7 @@ second instead of six, and what is tested does not run long.
 """
 
 import os
+import subprocess
 import tempfile
 
 import pytest
@@ -46,3 +47,27 @@ def build_batch():
         return batch
 
     return build
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many bytes, `1400k`; gives it, and to resize it.
+
+    Where there is no right to do so, what asks for it is skipped: the tests with an injected
+    ENOSPC remain.
+    """
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def mount(*arguments: str) -> bool:
+        command = ["mount", *arguments, str(path)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    def make(size: str):
+        if os.geteuid() != 0 or not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs"):
+            pytest.skip("no right to mount a small file system")
+        return path, lambda size: mount("-o", f"remount,size={size}")
+
+    yield make
+    if os.path.ismount(path):
+        subprocess.run(["umount", "-l", str(path)], check=True)

@@ -4,52 +4,36 @@ A step directory holds three items, so that a reader takes only what it needs:
 
     checkpoints/1000/params/       float32 arrays by path
     checkpoints/1000/opt_state/    as optax keeps it
-    checkpoints/1000/layout/       JSON: format version, model config, rationale_weight, …
+    checkpoints/1000/layout/       JSON: what the arrays mean, their digests, who wrote them
+
+A checkpoint that cannot be read, or whose arrays are not those that were saved, is damaged. Nothing
+here deletes one: it stays, or is set aside where its step has to be saved again.
 
     with CheckpointManager(directory, keep=3) as manager:
         manager.save(state, layout)          # returns at once; written in the background
         state = manager.restore(1000, abstract_state)
 """
 
-import dataclasses
+import contextlib
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
-from dslt.core.t5 import T5Config
+from dslt.checkpoint.digests import named_leaves, tree_digests
+from dslt.checkpoint.integrity import (
+    ITEMS,
+    DamagedCheckpoint,
+    check_item,
+    checksum,
+    read_content,
+)
+from dslt.checkpoint.layout import Layout
 from dslt.core.train_step import TrainState
 from dslt.errors import InputError
-
-FORMAT_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What the arrays of a checkpoint mean.
-
-    Attributes:
-      model: rebuilds the graph definition; dtype and remat in it are choices, the rest are shapes.
-      format_version: of this directory layout.
-    """
-
-    model: T5Config
-    format_version: int = FORMAT_VERSION
-
-    def to_json(self) -> dict:
-        """A JSON object that `from_json` reads."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, found: dict, where: Path) -> "Layout":
-        """Raises InputError where another version wrote it."""
-        if found.get("format_version") != FORMAT_VERSION:
-            raise InputError(
-                f"{where}: checkpoint format {found.get('format_version')!r}; this version of dslt "
-                f"reads format {FORMAT_VERSION}. Use the version named in the run's run.json"
-            )
-        return cls(model=T5Config(**found["model"]), format_version=found["format_version"])
+from dslt.files import full_disk_error
 
 
 class CheckpointManager:
@@ -80,6 +64,7 @@ class CheckpointManager:
         # Orbax warns on every restore of part of a checkpoint, which is what evaluation does.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.directory = directory.absolute()
+        self._processes = processes
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
@@ -100,7 +85,8 @@ class CheckpointManager:
 
     def __exit__(self, *_):
         """Waits for the save in progress."""
-        self._manager.close()
+        with self._saving():
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """The finished checkpoints on disk now, ascending."""
@@ -108,33 +94,47 @@ class CheckpointManager:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, layout: Layout) -> None:
-        """Copies the state off the devices and writes it in the background."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-                layout=ocp.args.JsonSave(layout.to_json()),
-            ),
-        )
+        """Copies the state off the devices and writes it in the background.
+
+        Raises:
+          InputError: the disk is full. What the background finds is raised by the next call.
+        """
+        items = {"params": state.params, "opt_state": state.opt_state}
+        self._save(int(state.step), items, layout)
 
     def save_params(self, step: int, params: dict, layout: Layout) -> None:
         """Writes a checkpoint for use, not for resuming: no optimizer state."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                layout=ocp.args.JsonSave(layout.to_json()),
-            ),
-            force=True,  # else a step below the newest is silently not saved
-        )
+        self._save(step, {"params": params}, layout, force=True)
+
+    def _save(self, step: int, items: dict, layout: Layout, force: bool = False) -> None:
+        """`force`, or else a step below the newest is silently not saved."""
+        content = layout.to_json()
+        content["digests"] = {name: tree_digests(tree) for name, tree in items.items()}
+        content["checksum"] = checksum(content)
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args["layout"] = ocp.args.JsonSave(content)
+        with self._saving():
+            self._manager.save(step, args=ocp.args.Composite(**args), force=force)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Turns a full disk into an InputError, whatever Orbax makes of it."""
+        try:
+            yield
+        except Exception as error:
+            if full := full_disk_error(self.directory, error):
+                raise full from None
+            raise
 
     def replace_all(self, step: int, params: dict, layout: Layout) -> None:
         """Leaves this checkpoint of parameters alone in the directory, whatever steps were there.
 
-        The new one is on disk before an old one goes. A step that is there already stays.
+        The new one is on disk before an old one goes. A step that is there already stays, unless
+        it is damaged.
         """
         others = [other for other in self.steps() if other != step]
+        if step in self.steps() and self.find_damage(step, ("params",)):
+            self.set_aside(step)
         if step not in self.steps():
             self.save_params(step, params, layout)
             self.wait()
@@ -143,17 +143,65 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Until everything saved so far is on disk."""
-        self._manager.wait_until_finished()
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def layout(self, step: int) -> Layout:
-        """What the checkpoint of `step` says of itself."""
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(layout=ocp.args.JsonRestore())
-        )
-        return Layout.from_json(restored["layout"], self.directory / str(step))
+        """What the checkpoint of `step` says of itself. Raises DamagedCheckpoint, InputError."""
+        path = self.directory / str(step)
+        return Layout.from_json(read_content(path, self._processes), path)
+
+    def check_layout(self, step: int, expected: Layout) -> None:
+        """Raises InputError where the checkpoint is of another model, with both sides."""
+        if lines := self.layout(step).differences(expected):
+            raise InputError(
+                f"{self.directory / str(step)}: is of another model than the config asks for:\n  "
+                + "\n  ".join(lines)
+            )
+
+    def find_damage(
+        self, step: int, items: Sequence[str] = ITEMS, part: int = 0, parts: int = 1
+    ) -> str | None:
+        """What is wrong with a checkpoint, in a sentence; None if it is what was saved.
+
+        Reads the arrays, CHECKED_BYTES at a time, and holds them against their digests; one of
+        format 1 has none, so of it only that all can be read is known.
+
+        Args:
+          items: which of ITEMS.
+          part, parts: of several processes each may read its share of the arrays.
+
+        Raises:
+          InputError: the checkpoint is of a version that cannot be read, or has no such item.
+        """
+        path = self.directory / str(step)
+        try:
+            content = read_content(path, self._processes)
+            Layout.from_json(content, path)
+            for item in items:
+                check_item(path, item, content.get("digests"), part, parts, self._processes)
+        except DamagedCheckpoint as error:
+            return str(error)
+        return None
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint out of the way of the next save; returns where it lies."""
+        aside = self.directory.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        name, number = f"{self.directory.name}-{step}", 0
+        while (aside / name).exists():
+            number += 1
+            name = f"{self.directory.name}-{step}-{number}"
+        (self.directory / str(step)).rename(aside / name)
+        self._manager.reload()
+        return aside / name
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The whole state, placed by the shardings of `abstract` (ShapeDtypeStructs)."""
+        """The whole state, placed by the shardings of `abstract` (ShapeDtypeStructs).
+
+        Of a checkpoint in which `find_damage` has found none: what Orbax does with another is its
+        own affair.
+        """
         self._check_shapes(step, abstract.params)
         restored = self._manager.restore(
             step,
@@ -166,7 +214,7 @@ class CheckpointManager:
         return TrainState(step_array, restored["params"], restored["opt_state"])
 
     def restore_params(self, step: int, abstract_params: dict) -> dict:
-        """The parameters alone, placed as `abstract_params` says."""
+        """The parameters alone, placed as `abstract_params` says; otherwise as `restore`."""
         self._check_shapes(step, abstract_params)
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))
         return self._manager.restore(step, args=args)["params"]
@@ -196,8 +244,4 @@ def finished_steps(directory: Path) -> list[int]:
 
 
 def _shapes(tree: dict) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    return {name: tuple(leaf.shape) for name, leaf in named_leaves(tree)}

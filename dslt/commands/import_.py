@@ -18,7 +18,8 @@ def add(commands) -> None:
 def import_student(args) -> None:
     """Writes checkpoints/0, the vocabulary and student.json, for `init_from` and `predict`."""
     from dslt.checkpoint import hf_t5
-    from dslt.checkpoint.manager import CheckpointManager, Layout
+    from dslt.checkpoint.layout import Layout
+    from dslt.checkpoint.manager import CheckpointManager
     from dslt.data.vocabulary import load_vocabulary
     from dslt.workdir import RunDir
 

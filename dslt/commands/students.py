@@ -9,7 +9,7 @@ from dslt.errors import InputError
 
 def student_files(path) -> tuple:
     """How to speak to the student in `path`, and where its vocabulary lies."""
-    from dslt.checkpoint.student import is_hugging_face
+    from dslt.checkpoint.student import is_checkpoint, is_hugging_face
     from dslt.workdir import RunDir, StudentFormat
 
     if not path.is_dir():
@@ -19,8 +19,7 @@ def student_files(path) -> tuple:
     if is_hugging_face(path):
         root, vocabulary = path, path
     else:
-        is_checkpoint = (path / "params").is_dir()
-        root = path.absolute().parent.parent if is_checkpoint else path
+        root = path.absolute().parent.parent if is_checkpoint(path.absolute()) else path
         vocabulary = RunDir(root).vocabulary
     if RunDir(root).student.exists():
         return StudentFormat.read(RunDir(root).student), vocabulary

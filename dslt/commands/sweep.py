@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from dslt.commands.arguments import add_command, add_gin_flag, positive
 from dslt import signals
+from dslt.commands.arguments import add_command, add_gin_flag, positive
 from dslt.errors import InputError
 
 POLL_SECS = 0.2

@@ -31,6 +31,7 @@ from dslt.data.packing import TokenTable
 from dslt.data.target_layout import LABEL, TARGET_LAYOUTS, join_target
 from dslt.data.vocabulary import Vocabulary
 from dslt.errors import InputError
+from dslt.files import naming_full_disk
 from dslt.records import SPLITS, Example, read_examples
 
 FORMAT = 2  # of the directories below; raise it when what is in them changes
@@ -402,7 +403,8 @@ def _open_or_build(cache_dir: Path, name: str, build: Callable[[Path], None]) ->
             return final
         partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_dir))
         try:
-            build(partial)
+            with naming_full_disk(cache_dir):
+                build(partial)
             partial.chmod(0o755)
             partial.rename(final)
         except OSError:

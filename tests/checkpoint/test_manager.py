@@ -2,17 +2,27 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
+import fault_injection
 import jax
 import numpy as np
 import pytest
 
-from dslt.checkpoint.manager import CheckpointManager, Layout
+from dslt.checkpoint import integrity
+from dslt.checkpoint.digests import named_leaves, tree_digests
+from dslt.checkpoint.integrity import checksum
+from dslt.checkpoint.layout import Layout
+from dslt.checkpoint.manager import CheckpointManager
 from dslt.checkpoint.student import find_checkpoint
 from dslt.core import sharding, t5
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.train_step import init_state
 from dslt.errors import InputError
+from dslt.train import newest_whole
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "checkpoints"
 
 CONFIG = t5.T5Config(
     vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=1, num_decoder_layers=1
@@ -25,11 +35,18 @@ def make_state(step):
     return state._replace(step=jax.numpy.int32(step))
 
 
-@pytest.fixture
-def directory(tmp_path):
-    with CheckpointManager(tmp_path / "checkpoints", keep=2) as manager:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    with CheckpointManager(directory / "checkpoints", keep=2) as manager:
         for step in (1, 2, 3):
             manager.save(make_state(step), Layout(CONFIG))
+    return directory
+
+
+@pytest.fixture
+def directory(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     return tmp_path / "checkpoints"
 
 
@@ -60,12 +77,149 @@ def test_another_models_checkpoint_is_refused_with_both_shapes(directory):
 def test_another_format_version_is_refused(directory):
     path = directory / "3" / "layout" / "metadata"
     found = json.loads(path.read_text())
-    path.write_text(json.dumps(found | {"format_version": 99}))
+    found |= {"format_version": 99, "written_by": "9.9"}
+    path.write_text(json.dumps(found | {"checksum": checksum(found)}))
+    message = r"checkpoint format 99; this .* reads 1 and 2. Use dslt 9\.9"
     with (
         CheckpointManager(directory, read_only=True) as manager,
-        pytest.raises(InputError, match="checkpoint format 99; this version of dslt reads"),
+        pytest.raises(InputError, match=message),
     ):
         manager.layout(3)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_checkpoint_of_each_format_that_was_ever_written_loads(version):
+    """The goldens hold the same state: AdamW's of a model from seed 0, at step 5."""
+    golden = GOLDENS / f"format_{version}"
+    with CheckpointManager(golden, read_only=True) as manager:
+        layout = manager.layout(5)
+        assert manager.find_damage(5) is None
+        params = manager.restore_params(5, t5.abstract_params(layout.model)[1])
+    assert (layout.format_version, layout.family, layout.is_scanned) == (version, "t5", True)
+    content = json.loads((GOLDENS / "format_2/5/layout/metadata").read_text())
+    assert tree_digests(params) == content["digests"]["params"]
+
+
+def test_what_differs_in_the_layout_is_shown_field_by_field(directory):
+    expected = dataclasses.replace(
+        Layout(dataclasses.replace(CONFIG, num_heads=4, dtype="bfloat16")), is_scanned=False
+    )
+    with (
+        CheckpointManager(directory, read_only=True) as manager,
+        pytest.raises(InputError) as caught,
+    ):
+        manager.check_layout(3, expected)
+    assert str(caught.value).splitlines()[1:] == [
+        "  is_scanned: found True, expected False",
+        "  num_heads: found 2, expected 4",
+    ]
+
+
+def test_a_later_versions_fields_are_refused_with_its_name(directory):
+    found = Layout(CONFIG, written_by="7.0").to_json()
+    found["model"]["num_experts"] = 8
+    with pytest.raises(InputError, match=r"\['num_experts'\] are unknown .* Use dslt 7\.0"):
+        Layout.from_json(found, directory)
+
+
+def test_damage_is_noticed_whatever_its_place(tmp_path):
+    """A share of the faults of `python tests/checkpoint/fault_injection.py`."""
+    counts = fault_injection.inject(tmp_path, flips=1, every=17)
+    assert counts.total() >= 10
+    assert any(outcome == "noticed" for _, outcome in counts)
+
+
+def damage_params(step_directory):
+    """Changes one bit in 64 bytes wherever the arrays of the parameters may be."""
+    for path in (step_directory / "params").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[::64] = (byte ^ 1 for byte in content[::64])
+        path.write_bytes(content)
+
+
+def test_an_array_that_can_be_read_but_is_another_is_damage(directory):
+    path = directory / "3" / "layout" / "metadata"
+    content = json.loads(path.read_text())
+    content["digests"]["params"]["encoder/final_norm/scale"] = "00000000"
+    path.write_text(json.dumps(content | {"checksum": checksum(content)}))
+    with CheckpointManager(directory, read_only=True) as manager:
+        said = "3/params: is damaged: encoder/final_norm/scale is not what was saved"
+        assert manager.find_damage(3).endswith(said)
+
+
+def test_each_process_reads_its_share(directory, monkeypatch):
+    read = []
+
+    def remember(handler, path, names):
+        read.extend(names)
+        return read_arrays(handler, path, names)
+
+    read_arrays = integrity._read_arrays
+    monkeypatch.setattr(integrity, "_read_arrays", remember)
+    with CheckpointManager(directory, read_only=True) as manager:
+        for part in range(3):
+            assert manager.find_damage(3, ("params",), part, 3) is None
+    named = [name for name, _ in named_leaves(make_state(3).params)]
+    assert sorted(read) == sorted(named)
+
+
+def test_without_a_whole_checkpoint_nothing_begins_and_nothing_moves(directory, capsys):
+    for step in ("2", "3"):
+        shutil.rmtree(directory / step / "params")
+    before = sorted(directory.parent.rglob("*"))
+    with (
+        CheckpointManager(directory, together=True) as manager,
+        pytest.raises(InputError, match="none of its checkpoints is whole") as caught,
+    ):
+        newest_whole(manager, manager.steps())
+    assert str(caught.value).count("params: is damaged") == 2
+    assert sorted(directory.parent.rglob("*")) == before
+
+
+def test_a_step_that_was_set_aside_is_saved_again(directory, capsys):
+    damage_params(directory / "3")
+    with CheckpointManager(directory, keep=2, together=True) as manager:
+        assert newest_whole(manager, manager.steps()) == 2
+        manager.save(make_state(3), Layout(CONFIG))
+        manager.wait()
+        assert manager.steps() == [2, 3] and manager.find_damage(3) is None
+    assert (directory.parent / "damaged/checkpoints-3").is_dir()
+    assert "set aside" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_optimizer_state_is_not_resumed(tmp_path):
+    with CheckpointManager(tmp_path, read_only=False) as manager:
+        manager.save_params(1, make_state(1).params, Layout(CONFIG))
+        manager.wait()
+        with pytest.raises(InputError, match="was written without opt_state, for use"):
+            manager.find_damage(1)
+
+
+def test_a_store_that_cannot_be_reached_now_is_no_damage(directory, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("PERMISSION_DENIED: Error reading bucket")
+
+    monkeypatch.setattr(integrity, "_read_arrays", refuse)
+    with (
+        CheckpointManager(directory, read_only=True) as manager,
+        pytest.raises(ValueError, match="PERMISSION_DENIED"),
+    ):
+        manager.find_damage(3)
+
+
+def test_a_damaged_best_checkpoint_is_named_and_the_newest_taken(directory, tmp_path, capsys):
+    with CheckpointManager(tmp_path / "best") as manager:
+        manager.save_params(2, make_state(2).params, Layout(CONFIG))
+    damage_params(tmp_path / "best" / "2")
+    assert find_checkpoint(tmp_path) == (directory, 3)
+    said = capsys.readouterr().err
+    assert "best/2/params: is damaged" in said and f"taking {directory / '3'} instead" in said
+    with pytest.raises(InputError, match="best/2/params: is damaged"):
+        find_checkpoint(tmp_path / "best" / "2")
+    for step in ("2", "3"):
+        damage_params(directory / step)
+    with pytest.raises(InputError, match="has no checkpoint that is whole"):
+        find_checkpoint(tmp_path)
 
 
 def test_the_best_is_replaced_by_an_earlier_step_too(tmp_path):
