@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dslt import strict_json
 from dslt.errors import InputError
 from dslt.files import replacing
 
@@ -207,19 +208,12 @@ def read_json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:
                     continue
-                row = json.loads(text)
-                if "\\ud" in text.lower():  # an escape that may be half of a pair
-                    json.dumps(row, ensure_ascii=False).encode("utf-8")
+                row = strict_json.loads(text)
             except UnicodeDecodeError as error:
                 problems.append(
                     f"{path}:{number}: byte {error.start} is not UTF-8; save the file as UTF-8"
                 )
-            except UnicodeEncodeError:
-                problems.append(
-                    f"{path}:{number}: holds half of a surrogate pair (\\ud800 to \\udfff), which "
-                    "is no character; mend or remove it"
-                )
-            except (json.JSONDecodeError, RecursionError) as error:
+            except ValueError as error:
                 problems.append(f"{path}:{number}: not JSON ({error}); expected one object a line")
             else:
                 if isinstance(row, dict):

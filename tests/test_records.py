@@ -152,3 +152,10 @@ def test_file_without_rows_is_an_error(tmp_path, content):
 def test_missing_file_is_an_error_that_names_it(tmp_path):
     assert "No such file" in error_of(tmp_path / "nowhere.jsonl")
     assert str(tmp_path) in error_of(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000, '"\\ud800"', '{"a":' * 5000])
+def test_what_the_json_reader_chokes_on_is_a_fault_of_its_line(tmp_path, value):
+    path = write_lines(tmp_path / "records.jsonl", [ROW])
+    path.write_text(path.read_text() + f'{{"id": {value}}}\n')
+    assert f"{path}:2: " in error_of(path)

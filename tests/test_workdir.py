@@ -66,3 +66,11 @@ def test_a_student_format_survives_its_file_and_refuses_another(tmp_path):
 
 def test_the_environment_names_the_versions_that_a_result_depends_on():
     assert {"jax", "flax", "optax", "orbax-checkpoint"} <= environment()["versions"].keys()
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "1", "{}", '"a"', "[" * 10_000, "\xff"])
+def test_a_damaged_row_is_named(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line.encode("latin-1") + b'\n{"st')
+    with pytest.raises(InputError, match=r"metrics.jsonl:2: is no row"):
+        read_json_rows(path)

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dslt import strict_json
 from dslt.core import t5
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.core.t5 import T5Config
@@ -567,12 +568,12 @@ def _write_tokenizer_json(spiece_path: Path, path: Path) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); expected that of a Hugging Face model"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: found a JSON {type(content).__name__}; expected an object")

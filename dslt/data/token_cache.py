@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dslt import strict_json
 from dslt.core.batch import EOS_ID
 from dslt.data.packing import TokenTable
 from dslt.data.vocabulary import Vocabulary
@@ -414,7 +415,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _read_meta(directory: Path) -> dict:
     try:
-        return json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        return strict_json.loads((directory / "meta.json").read_bytes())
     except (OSError, ValueError) as error:
         raise _damaged(directory, f"meta.json: {error}") from None
 

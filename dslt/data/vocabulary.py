@@ -25,6 +25,7 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
+from dslt import strict_json
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.errors import InputError
 from dslt.files import replacing
@@ -292,8 +293,8 @@ def _is_byt5(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        config = json.loads(_read_bytes(path))
-    except (ValueError, RecursionError):
+        config = strict_json.loads(_read_bytes(path))
+    except ValueError:
         raise InputError(f"{path}: is not JSON; expected a tokenizer's configuration") from None
     name = config.get("tokenizer_class") if isinstance(config, dict) else None
     return name == "ByT5Tokenizer"
