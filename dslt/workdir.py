@@ -107,14 +107,25 @@ class StudentFormat:
 
     @classmethod
     def read(cls, path: Path) -> "StudentFormat":
-        """Raises InputError where the file has other fields."""
+        """Raises InputError where the file has other fields or values."""
         found = read_json(path)
         expected = {field.name for field in dataclasses.fields(cls)}
         if not found.keys() <= expected:  # a later version's may be missing, and has a default
             raise InputError(
                 f"{path}: found the fields {sorted(found)}, expected {sorted(expected)}"
             )
-        return cls(**found)
+        for field in dataclasses.fields(cls):
+            value = found.get(field.name, field.default)
+            if type(value) is not field.type:
+                raise InputError(
+                    f"{path}: {field.name} is {value!r}; expected {field.type.__name__}"
+                )
+        format = cls(**found)
+        if min(format.max_input_length, format.max_target_length) < 2:
+            raise InputError(f"{path}: found {format}; expected lengths of at least 2")
+        if format.rationale_start_id < 0:
+            raise InputError(f"{path}: found {format}; expected a rationale_start_id from 0 up")
+        return format
 
     def write(self, path: Path) -> None:
         """Writes JSON."""

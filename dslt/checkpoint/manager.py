@@ -13,6 +13,7 @@ A step directory holds three items, so that a reader takes only what it needs:
 
 import dataclasses
 import logging
+import typing
 from pathlib import Path
 
 import jax
@@ -43,13 +44,33 @@ class Layout:
 
     @classmethod
     def from_json(cls, found: dict, where: Path) -> "Layout":
-        """Raises InputError where another version wrote it."""
+        """Raises InputError where another version wrote it, or it is damaged."""
+        if not isinstance(found, dict):
+            raise InputError(f"{where}: the layout is {found!r}; expected an object")
         if found.get("format_version") != FORMAT_VERSION:
             raise InputError(
                 f"{where}: checkpoint format {found.get('format_version')!r}; this version of dslt "
                 f"reads format {FORMAT_VERSION}. Use the version named in the run's run.json"
             )
-        return cls(model=T5Config(**found["model"]), format_version=found["format_version"])
+        model = found.get("model")
+        hints = typing.get_type_hints(T5Config)
+        if not isinstance(model, dict) or not all(
+            name in hints and _fits(value, hints[name]) for name, value in model.items()
+        ):
+            raise InputError(
+                f"{where}: the layout's model is {model!r}; expected the fields of a T5Config: "
+                + ", ".join(hints)
+            )
+        try:
+            return cls(model=T5Config(**model), format_version=found["format_version"])
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+
+def _fits(value: object, hint: type) -> bool:
+    """Whether a JSON value is one of a field; a whole number will do for a float."""
+    kinds = typing.get_args(hint) or (hint,)
+    return type(value) in kinds or (float in kinds and type(value) is int)
 
 
 class CheckpointManager:

@@ -116,7 +116,9 @@ class TokenizerVocabulary:
         self._json = _read_bytes(self.path)
         try:
             self.tokenizer = tokenizers.Tokenizer.from_buffer(self._json)
-        except Exception as error:  # the library raises plain Exception for every fault
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # plain Exception for most faults; a panic in Rust is none
             raise InputError(
                 f"{self.path}: is no tokenizer.json ({error}); expected the file that "
                 "`save_pretrained` writes"
@@ -129,7 +131,7 @@ class TokenizerVocabulary:
         )
         if self.tokenizer.token_to_id("<unk>") is None:
             raise InputError(f"{self.path}: has no <unk>; expected a T5 tokenizer, which has one")
-        self.size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.unk_id = self.tokenizer.token_to_id("<unk>")
         self.digest = hashlib.sha256(self._json).hexdigest()
         added = self.tokenizer.get_added_tokens_decoder()
