@@ -25,6 +25,7 @@ from dslt.files import replacing
 SPLITS = ("train", "validation", "test")
 ANSWER_FORMS = ("text", "equation")
 MAX_PROBLEMS = 20
+MAX_WEIGHT = 1e6  # sums of weighted losses stay finite in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,8 +303,11 @@ def _allowed_types(row_type: type, name: str) -> tuple[type, ...]:
 
 
 def _require_weight(row, name: str) -> None:
-    if not 0 < getattr(row, name) < float("inf"):
-        raise ValueError(f"field {name!r} is {getattr(row, name)}; expected a number above 0")
+    if not 0 < getattr(row, name) <= MAX_WEIGHT:
+        raise ValueError(
+            f"field {name!r} is {getattr(row, name)}; expected a number above 0, at most "
+            f"{MAX_WEIGHT:,.0f}"
+        )
 
 
 def _require_member(row, name: str, allowed: tuple[str, ...]) -> None:

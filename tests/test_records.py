@@ -102,6 +102,7 @@ def test_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
         ({**ROW, "dataset": "my data"}, "field 'dataset' is 'my data'"),
         ({**ROW, "input": "  "}, "field 'input' is empty"),
         ({**ROW, "rationale": "x", "rationale_weight": 0}, "'rationale_weight' is 0; expected"),
+        ({**ROW, "rationale": "x", "rationale_weight": 10**400}, "at most 1,000,000"),
         ({**ROW, "more_rationales": [{"text": "x"}]}, "without 'rationale'"),
         ({**ROW, "more_rationales": {}}, "'more_rationales' is a object; expected list"),
         ({**ROW, "more_rationales": ["x"]}, "item 0: is a string; expected object"),

@@ -177,12 +177,13 @@ def load_params(
     """
     directory = Path(directory)
     config = config or read_config(directory)
-    abstract = t5.abstract_params(config)[1]
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
-    specs = tensor_specs(config)
     with contextlib.ExitStack() as stack:
         stored = _open_tensors(directory, stack)
+        _check_sizes(directory, config, stored)
+        specs = tensor_specs(config)
         _check_tensors(directory, specs, stored)
+        abstract = t5.abstract_params(config)[1]
+        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
         for name, spec in specs.items():
             tensor = stored[name].read()
             target = _leaf(params, spec.path)
@@ -327,9 +328,9 @@ def _check_is_t5(path: Path, fields: dict) -> None:
         value = fields.get(name)
         is_float = name in ("dropout_rate", "layer_norm_epsilon")
         allowed = (int, float) if is_float else (int,)
-        is_number = type(value) in allowed and (is_float or value > 0)
-        if value is not None and not is_number:
-            kind = "a number" if is_float else "a positive integer"
+        in_range = type(value) in allowed and (0 <= value < 1 if is_float else 0 < value < 2**31)
+        if value is not None and not in_range:
+            kind = "a number from 0 to 1" if is_float else "a positive integer"
             faults.append(f"field {name!r} is {value!r}; expected {kind}")
     proj = _feed_forward_proj(fields)
     if not isinstance(proj, str) or proj not in _ACTIVATIONS:
@@ -376,7 +377,8 @@ def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, Sto
 def _open_shards(index: Path, stack: contextlib.ExitStack) -> dict[str, StoredTensor]:
     file_names = _read_json(index).get("weight_map")
     if not isinstance(file_names, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in file_names.values()
+        isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+        for name in file_names.values()
     ):
         raise InputError(f"{index}: has no weight_map of tensor names to names of files beside it")
     files = {
@@ -421,6 +423,31 @@ def _raise_without_weights(directory: Path) -> None:
             "AutoModelForSeq2SeqLM as M; M.from_pretrained('FROM').save_pretrained('TO')\""
         )
     raise InputError(message)
+
+
+def _check_sizes(directory: Path, config: T5Config, stored: dict[str, StoredTensor]) -> None:
+    """Raises InputError where the config declares more than the files could hold.
+
+    So that a forged config.json takes no memory: nothing of its sizes is built before.
+    """
+    num_values = sum(math.prod(tensor.shape()) for tensor in stored.values())
+    declared = {
+        "num_layers": (config.num_layers, len(stored)),
+        "num_decoder_layers": (config.num_decoder_layers, len(stored)),
+        "vocab_size * d_model": (config.vocab_size * config.d_model, num_values),
+        "d_model * d_ff": (config.d_model * config.d_ff, num_values),
+        "d_model * num_heads * d_kv": (config.d_model * config.num_heads * config.d_kv, num_values),
+        "relative_attention_num_buckets * num_heads": (
+            config.relative_attention_num_buckets * config.num_heads,
+            num_values,
+        ),
+    }
+    faults = [f"{name} is {size:,}" for name, (size, most) in declared.items() if size > most]
+    if faults:
+        raise InputError(
+            f"{directory}: the config asks for more than the weights hold ({len(stored)} tensors "
+            f"of {num_values:,} numbers together): {', '.join(faults)}"
+        )
 
 
 def _check_tensors(
