@@ -10,12 +10,15 @@ is silently ignored, a mistyped parameter is an error. Overrides need no imports
 
 import dataclasses
 import re
+import sys
+import tokenize
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 
 import gin
+from gin import config_parser
 
 from dslt.core.optimizer import OptimizerConfig, is_decaying
 from dslt.core.sharding import MeshConfig
@@ -26,6 +29,8 @@ from dslt.evaluate import EvalConfig
 from dslt.sweep import SweepConfig
 from dslt.train import TrainConfig
 from dslt.workdir import RunDir
+
+MAX_INT = 2**31 - 1  # steps, sizes and seeds are int32 on the devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +180,7 @@ def check_run(run: RunDir, configs: Configs) -> list[Change]:
 def _parse_text(name: str, text: str, classes: Sequence[type]) -> None:
     """Adds the bindings of `text`; `name` is what an error calls it."""
     try:
+        _check_statements(text, classes)
         gin.parse_config(text)
     except (AttributeError, NameError) as error:
         raise InputError(
@@ -182,6 +188,40 @@ def _parse_text(name: str, text: str, classes: Sequence[type]) -> None:
         ) from None
     except (OSError, ImportError, ValueError, TypeError, LookupError, SyntaxError) as error:
         raise InputError(f"{name}: {error}") from None
+    except (tokenize.TokenError, RecursionError, MemoryError) as error:  # of Python's own readers
+        raise InputError(f"{name}: is no gin file ({error})") from None
+
+
+class _NoReferences(config_parser.ParserDelegate):
+    """gin calls what an `@` names, whatever it is: a config file could run anything."""
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+        raise InputError(f"found @{scoped_configurable_name}; expected a value, nothing is called")
+
+    def macro(self, macro_name):
+        raise InputError(f"found %{macro_name}; expected a value, macros are not used")
+
+
+def _check_statements(text: str, classes: Sequence[type], is_included: bool = False) -> None:
+    """Raises InputError for what is more than binding values: gin would import and call anything.
+
+    Python's tokenizer raises other errors for what is no gin file.
+    """
+    imports = _header(classes).splitlines()
+    for statement in config_parser.ConfigParser(text, _NoReferences()):
+        if isinstance(statement, config_parser.ImportStatement):
+            if statement.format() not in imports:
+                raise InputError(
+                    f"found `{statement.format()}`; expected one of: {'; '.join(imports)}"
+                )
+        elif isinstance(statement, config_parser.IncludeStatement):
+            path = Path(statement.filename)
+            if is_included or not path.is_absolute():
+                raise InputError(
+                    f"found the include of {statement.filename!r}; expected one that begins its "
+                    "line, in a file that is not itself included"
+                )
+            _check_statements(_read(path), classes, is_included=True)
 
 
 def _read_with_includes(name: str) -> str:
@@ -190,17 +230,19 @@ def _read_with_includes(name: str) -> str:
     gin itself also looks for files in Python packages, and a directory `runs` in the working
     directory passes for one.
     """
-    path = _find(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected a gin file") from None
     return re.sub(
         r"^include\s+(['\"])(.*?)\1",
         lambda found: f"include {str(_find(found[2]))!r}",
-        text,
+        _read(_find(name)),
         flags=re.M,
     )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a gin file") from None
 
 
 def _find(name: str) -> Path:
@@ -236,7 +278,10 @@ def check_types(config_type: type, values: dict) -> None:
     for name, value in values.items():
         if not _fits(value, hints[name]):
             expected = getattr(hints[name], "__name__", None) or str(hints[name])
-            raise InputError(f"{config_type.__name__}.{name} is {value!r}; expected {expected}")
+            raise InputError(
+                f"{config_type.__name__}.{name} is {value!r}; expected {expected} (an integer of "
+                f"at most {MAX_INT:,}, a finite number, a text without NUL)"
+            )
 
 
 def _fits(value, hint) -> bool:
@@ -248,10 +293,14 @@ def _fits(value, hint) -> bool:
         return is_sequence and all(_fits(entry, arguments[0]) for entry in value)
     if origin is not None:
         return isinstance(value, origin)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and abs(value) <= MAX_INT
+    if hint is str:
+        return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
     return hint is typing.Any or isinstance(value, hint)
 
 

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dslt import strict_json
 from dslt.errors import InputError
 from dslt.files import replacing
 
 SPLITS = ("train", "validation", "test")
 ANSWER_FORMS = ("text", "equation")
 MAX_PROBLEMS = 20
+MAX_WEIGHT = 1e6  # sums of weighted losses stay finite in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,19 +209,12 @@ def read_json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:
                     continue
-                row = json.loads(text)
-                if "\\ud" in text.lower():  # an escape that may be half of a pair
-                    json.dumps(row, ensure_ascii=False).encode("utf-8")
+                row = strict_json.loads(text)
             except UnicodeDecodeError as error:
                 problems.append(
                     f"{path}:{number}: byte {error.start} is not UTF-8; save the file as UTF-8"
                 )
-            except UnicodeEncodeError:
-                problems.append(
-                    f"{path}:{number}: holds half of a surrogate pair (\\ud800 to \\udfff), which "
-                    "is no character; mend or remove it"
-                )
-            except (json.JSONDecodeError, RecursionError) as error:
+            except ValueError as error:
                 problems.append(f"{path}:{number}: not JSON ({error}); expected one object a line")
             else:
                 if isinstance(row, dict):
@@ -308,8 +303,11 @@ def _allowed_types(row_type: type, name: str) -> tuple[type, ...]:
 
 
 def _require_weight(row, name: str) -> None:
-    if not 0 < getattr(row, name) < float("inf"):
-        raise ValueError(f"field {name!r} is {getattr(row, name)}; expected a number above 0")
+    if not 0 < getattr(row, name) <= MAX_WEIGHT:
+        raise ValueError(
+            f"field {name!r} is {getattr(row, name)}; expected a number above 0, at most "
+            f"{MAX_WEIGHT:,.0f}"
+        )
 
 
 def _require_member(row, name: str, allowed: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dslt import __version__
+from dslt import __version__, strict_json
 from dslt.errors import InputError
 from dslt.files import naming_full_disk, replacing, write_text
 
@@ -166,14 +166,25 @@ class StudentFormat:
 
     @classmethod
     def read(cls, path: Path) -> "StudentFormat":
-        """Raises InputError where the file has other fields."""
+        """Raises InputError where the file has other fields or values."""
         found = read_json(path)
         expected = {field.name for field in dataclasses.fields(cls)}
         if not found.keys() <= expected:  # a later version's may be missing, and has a default
             raise InputError(
                 f"{path}: found the fields {sorted(found)}, expected {sorted(expected)}"
             )
-        return cls(**found)
+        for field in dataclasses.fields(cls):
+            value = found.get(field.name, field.default)
+            if type(value) is not field.type:
+                raise InputError(
+                    f"{path}: {field.name} is {value!r}; expected {field.type.__name__}"
+                )
+        format = cls(**found)
+        if min(format.max_input_length, format.max_target_length) < 2:
+            raise InputError(f"{path}: found {format}; expected lengths of at least 2")
+        if format.rationale_start_id < 0:
+            raise InputError(f"{path}: found {format}; expected a rationale_start_id from 0 up")
+        return format
 
     def write(self, path: Path) -> None:
         """Writes JSON."""
@@ -282,7 +293,7 @@ def _commit() -> str | None:
 def read_json(path: Path) -> dict:
     """Raises InputError where the file is missing or no JSON object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = strict_json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(found, dict):
@@ -298,12 +309,23 @@ def write_json(path: Path, value: dict) -> None:
 def read_json_rows(path: Path) -> list[dict]:
     """The rows of a file that only this package writes; none where it does not exist.
 
-    A last line without its newline was cut off by a kill and is left out.
+    A last line without its newline was cut off by a kill and is left out. Raises InputError where
+    another line is no object with a `step`.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(strict_json.loads(line))
+            rows[-1]["step"]
+        except (ValueError, TypeError, LookupError) as error:
+            raise InputError(
+                f"{path}:{number}: is no row of this file ({error!r}); it was changed by something "
+                "else. Restore it, or take that line out"
+            ) from None
+    return rows
 
 
 def write_json_rows(path: Path, rows: list[dict]) -> None:

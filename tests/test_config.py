@@ -8,6 +8,7 @@ from dslt.errors import InputError
 METHODS = sorted(path.name for path in (gin_directory() / "runs").glob("*.gin"))
 SETTINGS = sorted(path.name for path in (gin_directory() / "settings").glob("*.gin"))
 SLICES = sorted(path.name for path in (gin_directory() / "slices").glob("*.gin"))
+HEADER = "from __gin__ import dynamic_registration\nfrom dslt import train\n"
 # (λ, whose label): what the names promise.
 PROMISED = {
     "distillation.gin": (0.0, "teacher"),
@@ -74,9 +75,52 @@ def test_nothing_is_left_over_from_an_earlier_parse():
         ("from dslt import nothing\n", "nothing"),
         ("include 'models/none.gin'\n", "Shipped gin files"),
         ("train.TrainConfig.seed 1\n", "broken.gin.*line 1"),
+        ("train.TrainConfig.seed = '''\n", "multi-line"),
+        ("train.TrainConfig.seed = " + "[" * 5000, "broken.gin"),
+        ("import antigravity\n", "found `import antigravity`; expected one of"),
+        ("from os import path\n", "found `from os import path`"),
+        (HEADER + "train.TrainConfig.init_from = @train.json.dumps()\n", "nothing is called"),
+        (HEADER + "train.TrainConfig.init_from = @train.json.dumps\n", "nothing is called"),
+        (HEADER + "train.TrainConfig.init_from = %path\n", "macros are not used"),
+        ("include \\\n 'models/tiny.gin'\n", "Shipped gin files|begins its line"),
+        ("include 'broken.gin'\n", "begins its line|not itself included"),
     ],
 )
-def test_a_broken_gin_file_is_an_input_error(text, says, tmp_path):
+def test_a_broken_gin_file_is_an_input_error(text, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.gin").write_text(text)
     with pytest.raises(InputError, match=says):
         parse([str(tmp_path / "broken.gin")])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.TrainConfig.num_steps = 1" + "0" * 400,
+        "train.TrainConfig.rationale_weight = 1" + "0" * 400,
+        "train.TrainConfig.rationale_weight = 1e999",
+        "t5.T5Config.d_model = 4294967296",
+        r"pipeline.DataConfig.vocabulary = 'a\0b'",
+        r"pipeline.DataConfig.records = ('\ud800',)",
+    ],
+)
+def test_a_value_that_no_run_can_hold_is_an_input_error(override):
+    with pytest.raises(InputError, match="expected"):
+        parse(["settings/facts.gin"], [override])
+
+
+def test_a_gin_file_runs_nothing(tmp_path, monkeypatch):
+    """gin itself would import the module and call the function."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "trap.py").write_text("open('sprung', 'w')\ndef spring(): open('sprung', 'w')\n")
+    (tmp_path / "imports.gin").write_text("import trap\n")
+    (tmp_path / "includes.gin").write_text("include 'imports.gin'\n")
+    mkdir = "train.dataclasses.inspect.os.mkdir"
+    (tmp_path / "calls.gin").write_text(
+        f"{HEADER}{mkdir}.path = 'sprung'\ntrain.TrainConfig.init_from = @{mkdir}()\n"
+    )
+    for name in ("imports.gin", "includes.gin", "calls.gin"):
+        with pytest.raises(InputError):
+            parse([name])
+    assert not (tmp_path / "sprung").exists()

@@ -102,6 +102,7 @@ def test_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
         ({**ROW, "dataset": "my data"}, "field 'dataset' is 'my data'"),
         ({**ROW, "input": "  "}, "field 'input' is empty"),
         ({**ROW, "rationale": "x", "rationale_weight": 0}, "'rationale_weight' is 0; expected"),
+        ({**ROW, "rationale": "x", "rationale_weight": 10**400}, "at most 1,000,000"),
         ({**ROW, "more_rationales": [{"text": "x"}]}, "without 'rationale'"),
         ({**ROW, "more_rationales": {}}, "'more_rationales' is a object; expected list"),
         ({**ROW, "more_rationales": ["x"]}, "item 0: is a string; expected object"),
@@ -152,3 +153,10 @@ def test_file_without_rows_is_an_error(tmp_path, content):
 def test_missing_file_is_an_error_that_names_it(tmp_path):
     assert "No such file" in error_of(tmp_path / "nowhere.jsonl")
     assert str(tmp_path) in error_of(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000, '"\\ud800"', '{"a":' * 5000])
+def test_what_the_json_reader_chokes_on_is_a_fault_of_its_line(tmp_path, value):
+    path = write_lines(tmp_path / "records.jsonl", [ROW])
+    path.write_text(path.read_text() + f'{{"id": {value}}}\n')
+    assert f"{path}:2: " in error_of(path)

@@ -1,5 +1,6 @@
 """What a run's directory holds, and that a resumed run's metrics have each step once."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,28 @@ def test_a_student_format_survives_its_file_and_refuses_another(tmp_path):
 
 def test_the_environment_names_the_versions_that_a_result_depends_on():
     assert {"jax", "flax", "optax", "orbax-checkpoint"} <= environment()["versions"].keys()
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "1", "{}", '"a"', "[" * 10_000, "\xff"])
+def test_a_damaged_row_is_named(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line.encode("latin-1") + b'\n{"st')
+    with pytest.raises(InputError, match=r"metrics.jsonl:2: is no row"):
+        read_json_rows(path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input_prefix_label": 1},
+        {"max_input_length": "9"},
+        {"max_input_length": True},
+        {"max_target_length": 1},
+        {"rationale_start_id": -1},
+        {"other": 1},
+    ],
+)
+def test_a_student_is_spoken_to_by_fields_of_the_right_kind(fields, tmp_path):
+    (tmp_path / "student.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=next(iter(fields))):
+        StudentFormat.read(tmp_path / "student.json")

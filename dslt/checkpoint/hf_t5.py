@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dslt import strict_json
 from dslt.core import t5
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.core.t5 import T5Config
@@ -176,12 +177,13 @@ def load_params(
     """
     directory = Path(directory)
     config = config or read_config(directory)
-    abstract = t5.abstract_params(config)[1]
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
-    specs = tensor_specs(config)
     with contextlib.ExitStack() as stack:
         stored = _open_tensors(directory, stack)
+        _check_sizes(directory, config, stored)
+        specs = tensor_specs(config)
         _check_tensors(directory, specs, stored)
+        abstract = t5.abstract_params(config)[1]
+        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), abstract)
         for name, spec in specs.items():
             tensor = stored[name].read()
             target = _leaf(params, spec.path)
@@ -326,9 +328,9 @@ def _check_is_t5(path: Path, fields: dict) -> None:
         value = fields.get(name)
         is_float = name in ("dropout_rate", "layer_norm_epsilon")
         allowed = (int, float) if is_float else (int,)
-        is_number = type(value) in allowed and (is_float or value > 0)
-        if value is not None and not is_number:
-            kind = "a number" if is_float else "a positive integer"
+        in_range = type(value) in allowed and (0 <= value < 1 if is_float else 0 < value < 2**31)
+        if value is not None and not in_range:
+            kind = "a number from 0 to 1" if is_float else "a positive integer"
             faults.append(f"field {name!r} is {value!r}; expected {kind}")
     proj = _feed_forward_proj(fields)
     if not isinstance(proj, str) or proj not in _ACTIVATIONS:
@@ -375,7 +377,8 @@ def _open_tensors(directory: Path, stack: contextlib.ExitStack) -> dict[str, Sto
 def _open_shards(index: Path, stack: contextlib.ExitStack) -> dict[str, StoredTensor]:
     file_names = _read_json(index).get("weight_map")
     if not isinstance(file_names, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in file_names.values()
+        isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+        for name in file_names.values()
     ):
         raise InputError(f"{index}: has no weight_map of tensor names to names of files beside it")
     files = {
@@ -420,6 +423,31 @@ def _raise_without_weights(directory: Path) -> None:
             "AutoModelForSeq2SeqLM as M; M.from_pretrained('FROM').save_pretrained('TO')\""
         )
     raise InputError(message)
+
+
+def _check_sizes(directory: Path, config: T5Config, stored: dict[str, StoredTensor]) -> None:
+    """Raises InputError where the config declares more than the files could hold.
+
+    So that a forged config.json takes no memory: nothing of its sizes is built before.
+    """
+    num_values = sum(math.prod(tensor.shape()) for tensor in stored.values())
+    declared = {
+        "num_layers": (config.num_layers, len(stored)),
+        "num_decoder_layers": (config.num_decoder_layers, len(stored)),
+        "vocab_size * d_model": (config.vocab_size * config.d_model, num_values),
+        "d_model * d_ff": (config.d_model * config.d_ff, num_values),
+        "d_model * num_heads * d_kv": (config.d_model * config.num_heads * config.d_kv, num_values),
+        "relative_attention_num_buckets * num_heads": (
+            config.relative_attention_num_buckets * config.num_heads,
+            num_values,
+        ),
+    }
+    faults = [f"{name} is {size:,}" for name, (size, most) in declared.items() if size > most]
+    if faults:
+        raise InputError(
+            f"{directory}: the config asks for more than the weights hold ({len(stored)} tensors "
+            f"of {num_values:,} numbers together): {', '.join(faults)}"
+        )
 
 
 def _check_tensors(
@@ -567,12 +595,12 @@ def _write_tokenizer_json(spiece_path: Path, path: Path) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); expected that of a Hugging Face model"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: found a JSON {type(content).__name__}; expected an object")

@@ -1,6 +1,7 @@
 """What the arrays of a checkpoint mean, as JSON beside them; what differs, with both sides."""
 
 import dataclasses
+import typing
 from pathlib import Path
 
 from dslt import __version__
@@ -42,7 +43,11 @@ class Layout:
 
     @classmethod
     def from_json(cls, found: dict, where: Path) -> "Layout":
-        """Raises InputError where a version wrote it that this one does not know."""
+        """Raises InputError where a version wrote it that this one does not know, or where it is
+        damaged.
+        """
+        if not isinstance(found, dict):
+            raise InputError(f"{where}: the layout is {found!r}; expected an object")
         fields = {field.name for field in dataclasses.fields(cls)}
         model_fields = {field.name for field in dataclasses.fields(T5Config)}
         version, model = found.get("format_version"), found.get("model")
@@ -58,8 +63,18 @@ class Layout:
                 f"{where}: the model's fields {unknown} are unknown to this version of dslt, "
                 f"{__version__}. Use dslt {writer}"
             )
-        values = {name: found[name] for name in fields & found.keys()}
-        return cls(**values | {"model": T5Config(**model)})
+        values = {name: found[name] for name in fields & found.keys()} | {"model": None}
+        for owner, entries in ((T5Config, model), (cls, values)):
+            hints = typing.get_type_hints(owner)
+            for name, value in entries.items():
+                if name != "model" and not _fits(value, hints[name]):
+                    raise InputError(
+                        f"{where}: the layout's {name} is {value!r}; expected {hints[name]}"
+                    )
+        try:
+            return cls(**values | {"model": T5Config(**model)})
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
 
     def differences(self, expected: "Layout") -> list[str]:
         """A line for each field in which arrays of the one are not arrays of the other."""
@@ -75,3 +90,9 @@ class Layout:
             for name, value in sides[0].items()
             if value != sides[1][name]
         ]
+
+
+def _fits(value: object, hint: type) -> bool:
+    """Whether a JSON value is one of a field; a whole number will do for a float."""
+    kinds = typing.get_args(hint) or (hint,)
+    return type(value) in kinds or (float in kinds and type(value) is int)

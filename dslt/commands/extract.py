@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from dslt import strict_json
 from dslt.commands.arguments import add_command, fields_of, positive, require
 from dslt.errors import InputError
 from dslt.signals import INTERRUPTED
@@ -239,8 +240,6 @@ def make_teachers(args, examples: list) -> list:
 
 def make_teacher(args, examples: list):
     """One teacher of the kind that `args.teacher` names."""
-    import json
-
     from dslt.teacher import scripted
     from dslt.teacher.prompts import load_prompt, prompt_of
     from dslt.teacher.questions import EndpointTeacher, LocalTeacher
@@ -266,7 +265,7 @@ def make_teacher(args, examples: list):
         raise InputError(f"teacher is {args.teacher!r}; expected endpoint, scripted or released")
     model = require(args, "model")
     try:
-        extra_body = json.loads(args.extra_body or "{}")
+        extra_body = strict_json.loads(args.extra_body or "{}")
     except ValueError as error:
         raise InputError(f"--extra_body is no JSON ({error}); expected an object") from None
     if not isinstance(extra_body, dict):

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from dslt import strict_json
 from dslt.commands.arguments import add_command, add_student_flag, fields_of, positive
 from dslt.commands.evaluate import make_answer_sets
 from dslt.commands.students import answer_reader, student_files
@@ -131,10 +132,9 @@ def read_inputs(path: str, split: str | None) -> list[dict[str, str]]:
     record its `label` and `rationale` come along as `label` and `teacher_rationale`. Blank lines
     are skipped.
     """
-    import json
-
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected UTF-8 text") from None
     rows = []
@@ -144,7 +144,7 @@ def read_inputs(path: str, split: str | None) -> list[dict[str, str]]:
             rows += [{"input": line}] if line else []
             continue
         try:
-            found = json.loads(line)
+            found = strict_json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}:{number}: not JSON ({error})") from None
         if not isinstance(found.get("input"), str):

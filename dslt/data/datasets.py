@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dslt import strict_json
 from dslt.errors import InputError
 from dslt.records import MAX_PROBLEMS, Example, raise_problems, read_json_lines
 
@@ -320,8 +321,8 @@ def _read_json(path: Path, problems: list[str]) -> Iterator[tuple[str, dict]]:
             yield f"{path}:{number}", row
         return
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        rows = strict_json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise InputError(f"{path}: not a JSON list ({error}); expected a list of objects") from None
     for number, row in enumerate(rows, start=1):
         if isinstance(row, dict):

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dslt import strict_json
 from dslt.core.batch import EOS_ID
 from dslt.data.packing import TokenTable
 from dslt.data.target_layout import LABEL, TARGET_LAYOUTS, join_target
@@ -425,7 +426,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _read_meta(directory: Path) -> dict:
     try:
-        return json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        return strict_json.loads((directory / "meta.json").read_bytes())
     except (OSError, ValueError) as error:
         raise _damaged(directory, f"meta.json: {error}") from None
 
@@ -433,13 +434,15 @@ def _read_meta(directory: Path) -> dict:
 def _load_table(directory: Path, tokens: str, offsets: str, number: int) -> TokenTable:
     """Maps a table and checks that its parts belong together."""
     bounds = _load_array(directory, offsets, number + 1)
+    if bounds.dtype != np.int64 or bounds[0] != 0 or (np.diff(bounds) < 0).any():
+        raise _damaged(directory, f"{offsets} are no ascending offsets from 0")
     return TokenTable(_load_array(directory, tokens, int(bounds[-1])), bounds)
 
 
 def _load_array(directory: Path, name: str, size: int) -> np.ndarray:
     try:
         array = np.load(directory / name, mmap_mode="r" if size else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy reads the header as Python, which fails in many ways
         raise _damaged(directory, f"{name}: {error}") from None
     if array.shape != (size,):
         raise _damaged(directory, f"{name} has shape {array.shape}, expected ({size},)")

@@ -25,6 +25,7 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
+from dslt import strict_json
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.errors import InputError
 from dslt.files import replacing
@@ -115,7 +116,9 @@ class TokenizerVocabulary:
         self._json = _read_bytes(self.path)
         try:
             self.tokenizer = tokenizers.Tokenizer.from_buffer(self._json)
-        except Exception as error:  # the library raises plain Exception for every fault
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # plain Exception for most faults; a panic in Rust is none
             raise InputError(
                 f"{self.path}: is no tokenizer.json ({error}); expected the file that "
                 "`save_pretrained` writes"
@@ -128,7 +131,7 @@ class TokenizerVocabulary:
         )
         if self.tokenizer.token_to_id("<unk>") is None:
             raise InputError(f"{self.path}: has no <unk>; expected a T5 tokenizer, which has one")
-        self.size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.unk_id = self.tokenizer.token_to_id("<unk>")
         self.digest = hashlib.sha256(self._json).hexdigest()
         added = self.tokenizer.get_added_tokens_decoder()
@@ -292,8 +295,8 @@ def _is_byt5(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        config = json.loads(_read_bytes(path))
-    except (ValueError, RecursionError):
+        config = strict_json.loads(_read_bytes(path))
+    except ValueError:
         raise InputError(f"{path}: is not JSON; expected a tokenizer's configuration") from None
     name = config.get("tokenizer_class") if isinstance(config, dict) else None
     return name == "ByT5Tokenizer"

@@ -11,10 +11,10 @@ is legal is not.
 import dataclasses
 import difflib
 import functools
-import json
 import re
 from collections.abc import Sequence
 
+from dslt import strict_json
 from dslt.metrics import evaluate_equation, is_correct, normalize_equation, normalize_text
 from dslt.records import Example
 
@@ -220,8 +220,8 @@ def _read_json(
     if not 0 <= start < end:
         return None
     try:
-        parts = json.loads(text[start : end + 1])
-    except (ValueError, RecursionError):
+        parts = strict_json.loads(text[start : end + 1])
+    except ValueError:
         return None
     if not isinstance(parts, dict):
         return None

@@ -142,7 +142,7 @@ def load_prompt(name: str, labels: Sequence[str] = ()) -> Prompt:
         raise InputError(
             f"{path}: there is no such prompt; expected {known}, or the path of a .toml file"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a number too long is a ValueError
         raise InputError(f"{path}: is no prompt file ({error}); expected TOML") from None
     try:
         return _to_prompt(fields, source, tuple(labels))

@@ -5,12 +5,12 @@ May import dslt.records and dslt.errors.
     completions = read_completions("data/svamp", examples)  # {"svamp-train-0": "Luke scored ..."}
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from dslt import strict_json
 from dslt.errors import InputError
 from dslt.records import Example
 
@@ -67,8 +67,8 @@ def _read_split(directory: Path, split: str) -> list[str]:
     for number in numbers:
         path = directory / f"{split}_CoT_{number}.json"
         try:
-            texts = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            texts = strict_json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read ({error}); expected a JSON list") from None
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: is no JSON list of texts; expected one completion a row")

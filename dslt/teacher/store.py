@@ -23,15 +23,17 @@ import fcntl
 import json
 import os
 import time
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 
+from dslt import strict_json
 from dslt.errors import InputError
 
 COMPLETIONS = "completions.jsonl"
 LOCK = ".lock"
 FSYNC_SECS = 1.0
-MAX_TORN_BYTES = 1 << 26  # a last line longer than this is no torn completion
+EVENT_START = b'{"event": "'
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,8 +84,7 @@ class CompletionStore:
         self._lock = _lock(self.directory / LOCK)
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            self.torn_bytes = _mend_last_line(self.path, self._file)
-            self._read()
+            self.torn_bytes = self._read()
         except BaseException:
             os.close(self._lock)
             raise
@@ -152,34 +153,68 @@ class CompletionStore:
             os.fsync(self._file)
             self._synced = now
 
-    def _read(self) -> None:
+    def _read(self) -> int:
+        """Takes all lines, ends a whole last one, cuts off a torn one; returns the bytes cut."""
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
+                is_ended = line.endswith(b"\n")
                 try:
-                    self._take(json.loads(line))
+                    self._take(strict_json.loads(line))
                 except (ValueError, KeyError, TypeError) as error:
+                    if not is_ended and _is_torn(line):
+                        os.ftruncate(self._file, os.fstat(self._file).st_size - len(line))
+                        return len(line)
                     raise InputError(
                         f"{self.path}:{number}: is no event of a store ({error!r}); the file was "
                         "changed by something else. Restore it, or take that line out"
                     ) from None
+                if not is_ended:
+                    os.write(self._file, b"\n")
+                    break
+        return 0
 
     def _take(self, row: dict) -> None:
         """Takes one event into account."""
-        event, key = row["event"], row["key"]
+        event, key = row["event"], _checked(row, "key", str)
         if event == "sent":
             self.repeats += key in self.in_flight
             self.in_flight.add(key)
             return
         self.in_flight.discard(key)
         if event == "answer":
-            fields = {name: value for name, value in row.items() if name not in ("event", "key")}
+            fields = {
+                name: _checked(row, name, _FIELD_TYPES[name])
+                for name in row
+                if name not in ("event", "key")
+            }
             self.answers.setdefault(key, Answer(**fields))
             self.failures.pop(key, None)
         elif event == "failure":
             if key not in self.answers:
-                self.failures[key] = row["reason"]
+                self.failures[key] = _checked(row, "reason", str)
         else:
             raise ValueError(f"event {event!r}")
+
+
+_FIELD_TYPES = typing.get_type_hints(Answer)
+
+
+def _checked(row: dict, name: str, kind: type) -> object:
+    """A field of an event; raises ValueError where it is of another kind."""
+    value = row[name]
+    if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a last line without its end is what a kill or a power cut leaves of an event."""
+    try:
+        strict_json.loads(line)
+    except ValueError:
+        is_begun = line.startswith(EVENT_START) or EVENT_START.startswith(line)
+        return is_begun or not line.strip(b"\0")
+    return False
 
 
 def has_store(directory: str | os.PathLike) -> bool:
@@ -209,25 +244,3 @@ def _lock(path: Path) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
     return lock
-
-
-def _mend_last_line(path: Path, file: int) -> int:
-    """Cuts off a half-written last line, or ends a whole one; returns the bytes cut."""
-    size = os.fstat(file).st_size
-    if not size or os.pread(file, 1, size - 1) == b"\n":
-        return 0
-    start = max(size - MAX_TORN_BYTES, 0)
-    tail = os.pread(file, size - start, start)
-    newline = tail.rfind(b"\n")
-    if newline < 0 and start:
-        raise InputError(f"{path}: its end is no store's; restore the file")
-    torn = tail[newline + 1 :]
-    try:
-        is_whole = isinstance(json.loads(torn), dict)
-    except ValueError:
-        is_whole = False
-    if is_whole:
-        os.write(file, b"\n")
-        return 0
-    os.ftruncate(file, size - len(torn))
-    return len(torn)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -489,3 +490,53 @@ def test_directories_that_transformers_5_saves(tmp_path):
             expected = dataclasses.replace(expected, scale_decoder_outputs=True)
         assert found == expected, family
         assert_same_params(params, expected_params)
+
+
+def copy_of_golden(tmp_path, **changes):
+    directory = tmp_path / "model"
+    shutil.copytree(GOLDENS / "t5_v1_1", directory)
+    fields = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(fields | changes))
+    return directory
+
+
+@pytest.mark.parametrize("field", ["num_layers", "num_decoder_layers", "d_ff", "vocab_size"])
+@pytest.mark.parametrize("size", [10**6, 10**9, 10**30])
+def test_declared_sizes_take_no_memory(tmp_path, field, size):
+    """A million layers would be millions of names, a large table terabytes."""
+    directory = copy_of_golden(tmp_path, **{field: size})
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=field):
+            hf_t5.load_params(directory)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -0.5, 1, 10**400])
+def test_rates_out_of_range_are_refused(tmp_path, rate):
+    directory = copy_of_golden(tmp_path, layer_norm_epsilon=rate)
+    with pytest.raises(InputError, match="layer_norm_epsilon"):
+        hf_t5.load_params(directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../model.safetensors", "/dev/zero", "a\0", "x.bin"]
+)
+def test_an_index_names_weights_beside_it_alone(tmp_path, name):
+    directory = copy_of_golden(tmp_path)
+    (directory / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = {"weight_map": {"shared.weight": name}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="has no weight_map"):
+        hf_t5.load_params(directory)
+
+
+@pytest.mark.parametrize("length", [2**63, 2**40, 100_000_001, 17])
+def test_a_header_that_lies_about_its_length_is_refused(tmp_path, length):
+    directory = copy_of_golden(tmp_path)
+    path = directory / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(InputError, match="no whole safetensors file"):
+        hf_t5.load_params(directory)

@@ -239,3 +239,24 @@ def test_a_run_is_found_by_its_best_checkpoint_then_by_its_newest(directory, tmp
     assert find_checkpoint(tmp_path) == (tmp_path / "best", 2)
     with pytest.raises(InputError, match="found neither a checkpoint nor a Hugging Face model"):
         find_checkpoint(directory / "2" / "params")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"model": {"layers": 1}},
+        {"model": {"d_model": "64"}},
+        {"model": {"d_model": True}},
+        {"model": {"d_model": 0}},
+        {"model": {"tie_word_embeddings": "false"}},
+        {"format_version": None},
+    ],
+)
+def test_a_damaged_layout_is_an_input_error(change, tmp_path):
+    found = Layout(t5.T5Config()).to_json()
+    assert Layout.from_json(found, tmp_path) == Layout(t5.T5Config())
+    with pytest.raises(InputError, match=str(tmp_path)):
+        Layout.from_json(found | change, tmp_path)
+    with pytest.raises(InputError):
+        Layout.from_json([found], tmp_path)

@@ -15,6 +15,8 @@ import pytest
 
 from dslt.data.token_cache import (
     TaskSettings,
+    _load_array,
+    _load_table,
     open_index,
     open_task,
     scan_records,
@@ -226,3 +228,20 @@ def test_threads_may_open_one_cache_at_once(tmp_path, records_path):
 def test_missing_records_are_the_users_to_mend(tmp_path):
     with pytest.raises(InputError, match=r"nothing\.jsonl: cannot be read"):
         open_index(tmp_path, tmp_path / "nothing.jsonl")
+
+
+@pytest.mark.parametrize("offsets", [[0, 4, 2, 5], [1, 2, 3, 5], [0.0, 1.0, 2.0, 5.0]])
+def test_offsets_that_do_not_ascend_are_damage(offsets, tmp_path):
+    np.save(tmp_path / "tokens.npy", np.arange(5, dtype=np.int32))
+    np.save(tmp_path / "offsets.npy", np.array(offsets))
+    with pytest.raises(InputError, match="no ascending offsets"):
+        _load_table(tmp_path, "tokens.npy", "offsets.npy", 3)
+
+
+@pytest.mark.parametrize("header", ["{", "'''", "{'descr': '<i8', 'shape': (99999999999999,)"])
+def test_an_array_whose_header_lies_is_damage(header, tmp_path):
+    header = header.encode()
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + bytes([len(header), 0]) + header)
+    for size in (0, 3):
+        with pytest.raises(InputError, match="no whole token cache"):
+            _load_array(tmp_path, "a.npy", size)

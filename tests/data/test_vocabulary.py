@@ -165,3 +165,26 @@ def test_training_on_too_little_is_an_input_error(texts, size, tmp_path):
 def _written(path, data):
     path.write_bytes(data)
     return path
+
+
+def word_level(vocab):
+    unk = {"id": 2, "content": "<unk>", "single_word": False, "lstrip": False, "rstrip": False}
+    unk |= {"normalized": False, "special": True}
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+    names = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
+    return {"version": "1.0", "added_tokens": [unk], "model": model} | dict.fromkeys(names)
+
+
+def test_the_size_holds_the_largest_id_of_a_vocabulary_with_gaps(tmp_path):
+    tokenizer = word_level({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 700})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    vocabulary = load_vocabulary(tmp_path)
+    assert vocabulary.encode("a") == [700] and vocabulary.size == 701
+
+
+def test_a_tokenizer_at_which_its_library_panics_is_an_input_error(tmp_path):
+    tokenizer = word_level({"<pad>": 0, "</s>": 1, "<unk>": 2})
+    tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "="}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match=r"tokenizer.json: is no tokenizer.json"):
+        load_vocabulary(tmp_path)

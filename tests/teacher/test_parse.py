@@ -291,3 +291,10 @@ def test_why_the_teacher_stopped_tells_something():
     assert parse_completion("Dogs bark", NLI, finish_reason="stop").reason == NO_ANSWER
     filtered = parse_completion("", NLI, finish_reason="content_filter")
     assert filtered.reason == "content filter"
+
+
+def test_half_a_character_in_a_json_answer_is_no_answer():
+    parsed = parse_completion('{"rationale": "so \\ud800", "answer": "yes"}', TEXT)
+    assert parsed.answer is None
+    parsed = parse_completion('{"rationale": "\\ud83d\\ude00", "answer": "yes"}', TEXT)
+    assert (parsed.rationale, parsed.answer) == ("😀", "yes")

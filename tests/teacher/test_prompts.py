@@ -110,3 +110,10 @@ def test_a_declared_mark_is_read_in_any_case_and_spacing():
     example = parse_completion("Weil es regnet. lösung : nass.", prompt.form)
     assert (example.rationale, example.answer) == ("Weil es regnet.", "nass")
     assert parse_completion("Weil. The answer is nass.", prompt.form).reason == "no answer"
+
+
+@pytest.mark.parametrize("text", ["a = " + "9" * 5000, "a = " + "[" * 5000, "a = 1\na = 2", "\0"])
+def test_toml_that_its_reader_chokes_on_is_an_input_error(tmp_path, text):
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(InputError, match="is no prompt file"):
+        load_prompt(str(tmp_path / "mine.toml"))

@@ -115,3 +115,43 @@ def test_a_full_disk_leaves_whole_lines_and_says_so(tmp_path, monkeypatch):
         store.add_answer("b", Answer("second"))
     with CompletionStore(tmp_path) as store:
         assert sorted(store.answers) == ["a", "b"] and not store.torn_bytes
+
+
+ANSWER = {"event": "answer", "key": "a", "text": "first"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *({**ANSWER, name: value} for name in ("key", "text", "model") for value in (1, None, [])),
+        *({**ANSWER, name: value} for name in ("input_tokens",) for value in ("1", 0.5, True, -1)),
+        {**ANSWER, "reasoning": 1},
+        {**ANSWER, "more": 1},
+        {"event": "failure", "key": "a", "reason": 500},
+        {"event": "sent", "key": {}},
+        [],
+    ],
+)
+def test_an_event_of_another_kind_is_refused(tmp_path, row):
+    (tmp_path / "completions.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=r"completions.jsonl:1: is no event"):
+        CompletionStore(tmp_path)
+
+
+@pytest.mark.parametrize("end", [b"\0" * 9, b'{"ev', b'{"event": "answer", "key": "b\0\0\0', b"{"])
+def test_what_a_power_cut_leaves_is_cut_off(tmp_path, end):
+    whole = json.dumps(ANSWER).encode() + b"\n"
+    (tmp_path / "completions.jsonl").write_bytes(whole + end)
+    with CompletionStore(tmp_path) as store:
+        assert store.torn_bytes == len(end) and store.answers["a"].text == "first"
+    assert (tmp_path / "completions.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes", b'[{"event": "sent"}', b'{"mine": 1}', b"{" * 9999]
+)
+def test_a_file_that_is_no_store_is_refused_and_stays(tmp_path, content):
+    (tmp_path / "completions.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match="is no event of a store"):
+        CompletionStore(tmp_path)
+    assert (tmp_path / "completions.jsonl").read_bytes() == content
