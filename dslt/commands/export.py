@@ -13,11 +13,14 @@ def add(commands) -> None:
 
 
 def export(args) -> None:
-    """Writes safetensors, config, tokenizer and student.json."""
+    """Writes safetensors, config, tokenizer, student.json and a model card."""
     import jax
 
     from dslt.checkpoint import hf_t5, student
     from dslt.core import sharding
+    from dslt.files import write_text
+    from dslt.model_card import write_card
+    from dslt.workdir import RunDir
 
     path, output = Path(args.student), Path(args.output_dir)
     format, vocabulary = student_files(path)
@@ -31,4 +34,9 @@ def export(args) -> None:
         max_target_tokens=format.max_target_length,
     )
     format.write(output / "student.json")
+    run, step = None, None
+    if not student.is_hugging_face(path):
+        checkpoints, step = student.find_checkpoint(path)
+        run = RunDir(checkpoints.parent)
+    write_text(output / "README.md", write_card(output.name, run, step, format))
     print(f"exported {path} to {output}: a Hugging Face T5 directory")

@@ -173,7 +173,7 @@ class ContinuousDecoder:
             )
             ended = np.flatnonzero((index_of_slot >= 0) & ~is_live)
             for slot in ended:
-                outputs[index_of_slot[slot]] = _before_eos(tokens[slot, : lengths[slot]])
+                outputs[index_of_slot[slot]] = before_eos(tokens[slot, : lengths[slot]])
             index_of_slot[ended] = -1
             on_decoded(len(ended))
             cache_length = slots.can_see.shape[2]
@@ -254,6 +254,7 @@ def kept_length(length: int) -> int:
     return step // 4 * 3 if step > SHORTEST and length <= step // 4 * 3 else step
 
 
-def _before_eos(tokens: np.ndarray) -> list[int]:
+def before_eos(tokens: np.ndarray) -> list[int]:
+    """[T] int32 to the tokens before the first EOS."""
     ends = np.flatnonzero(tokens == EOS_ID)
     return tokens[: ends[0] if len(ends) else None].tolist()

@@ -216,17 +216,23 @@ def run(
     layers: list[dict],
     slots: Slots,
     stop_at: jax.Array | int,
+    max_steps: jax.Array | int | None = None,
     *,
     graphdef: nnx.GraphDef,
     config: DecodeConfig,
 ) -> Slots:
-    """Decodes until at most `stop_at` slots are live, or a live row has filled the cache."""
+    """Decodes until at most `stop_at` slots are live, or a live row has filled the cache.
+
+    Or until `max_steps` more steps are taken, if that comes first.
+    """
     model = nnx.merge(graphdef, params)
     cache_length = slots.can_see.shape[2]
+    first_step = slots.step
 
     def should_go_on(slots: Slots):
         is_full = (slots.is_live & (slots.lengths >= cache_length)).any()
-        return (slots.is_live.sum() > stop_at) & ~is_full
+        is_over = False if max_steps is None else slots.step - first_step >= max_steps
+        return (slots.is_live.sum() > stop_at) & ~is_full & ~jnp.asarray(is_over)
 
     def decode_one(slots: Slots) -> Slots:
         slots, logits = _forward(model, layers, slots)
