@@ -6,6 +6,7 @@ dslt evaluate --run_dir runs/facts/step_by_step --follow
 dslt export --student runs/facts/step_by_step --output_dir runs/facts/student
 dslt predict --student runs/facts/student --rationales problems.txt
 dslt plan runs/step_by_step.gin settings/paper.gin --topology v5e:2x4
+dslt report runs/facts --output_dir runs/facts/report
 """
 
 import argparse
@@ -15,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 
 from dslt import __version__
-from dslt.commands import bench, evaluate, export, extract, import_, plan, predict, train
+from dslt.commands import bench, evaluate, export, extract, import_, plan, predict, report, train
 from dslt.commands.processes import INTERRUPTED, fail, is_distributed
 from dslt.errors import InputError
 
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dslt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (extract, train, evaluate, predict, export, import_, bench, plan):
+    for command in (extract, train, evaluate, predict, export, import_, bench, plan, report):
         command.add(commands)
     return parser
 

@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from dslt import __version__
@@ -194,6 +195,12 @@ def read_json_rows(path: Path) -> list[dict]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def best_row(rows: Sequence[dict]) -> dict | None:
+    """The row with the highest validation accuracy, the earliest of equals; test plays no role."""
+    judged = [row for row in rows if "validation/accuracy" in row]
+    return max(judged, key=lambda row: (row["validation/accuracy"], -row["step"]), default=None)
 
 
 def write_json_rows(path: Path, rows: list[dict]) -> None:
