@@ -47,9 +47,7 @@ def data_figure(groups: Sequence[Group], styles: Mapping[str, int]) -> Figure | 
                 f"{dataset}, {model}", f"data-{len(panels)}", lines, styles,
                 x=lambda g: g.fraction, ticks=ticks, x_label="share of the training data",
             ))  # fmt: skip
-    return _figure(
-        "data", "Test accuracy in %, against the share of the training data", panels, groups, styles
-    )
+    return _figure("data", "Test accuracy in %, by share of the data", panels, groups, styles)
 
 
 def model_figure(groups: Sequence[Group], styles: Mapping[str, int]) -> Figure | None:
@@ -65,7 +63,7 @@ def model_figure(groups: Sequence[Group], styles: Mapping[str, int]) -> Figure |
                 f"{dataset}, {share_text(fraction)} of the data", f"model-{len(panels)}", lines,
                 styles, x=lambda g: g.num_params, ticks=ticks, x_label="parameters",
             ))  # fmt: skip
-    return _figure("model", "Test accuracy in %, against the model's size", panels, groups, styles)
+    return _figure("model", "Test accuracy in %, by size of the model", panels, groups, styles)
 
 
 def curve_figures(
