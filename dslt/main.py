@@ -6,6 +6,7 @@ dslt evaluate --run_dir runs/facts/step_by_step --follow
 dslt export --student runs/facts/step_by_step --output_dir runs/facts/student
 dslt predict --student runs/facts/student --rationales problems.txt
 dslt plan runs/step_by_step.gin settings/paper.gin --topology v5e:2x4
+dslt report runs/facts --output_dir runs/facts/report
 """
 
 import argparse
@@ -24,6 +25,7 @@ from dslt.commands import (
     plan,
     predict,
     replay,
+    report,
     sweep,
     train,
 )
@@ -32,7 +34,10 @@ from dslt.errors import InputError
 from dslt.files import full_disk_error
 from dslt.signals import INTERRUPTED
 
-COMMANDS = (extract, train, evaluate, predict, export, import_, sweep, bench, plan, replay)
+COMMANDS = (
+    *(extract, train, evaluate, predict, export, import_),
+    *(sweep, report, bench, plan, replay),
+)
 COMPUTING = ("train", "evaluate", "predict", "bench", "sweep", "replay")
 
 

@@ -117,6 +117,7 @@ class Prediction:
       id, dataset, split, input, label, teacher_label, answer_form: as in Example.
       prediction: the decoded label.
       rationale: the student's own explanation, or None where none was asked for.
+      teacher_rationale: the example's `rationale`, to read beside it.
       is_correct: whether `prediction` matches `label`; None where there is no gold label.
       probability: of `prediction` among the answers it was chosen from; None where it was decoded
         freely.
@@ -133,6 +134,7 @@ class Prediction:
     is_correct: bool | None = None
     answer_form: str = "text"
     probability: float | None = None
+    teacher_rationale: str | None = None
 
     def __post_init__(self):
         _require_member(self, "split", SPLITS)

@@ -27,7 +27,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dslt import __version__, strict_json
@@ -326,6 +326,12 @@ def read_json_rows(path: Path) -> list[dict]:
                 "else. Restore it, or take that line out"
             ) from None
     return rows
+
+
+def best_row(rows: Sequence[dict]) -> dict | None:
+    """The row with the highest validation accuracy, the earliest of equals; test plays no role."""
+    judged = [row for row in rows if "validation/accuracy" in row]
+    return max(judged, key=lambda row: (row["validation/accuracy"], -row["step"]), default=None)
 
 
 def write_json_rows(path: Path, rows: list[dict]) -> None:

@@ -191,9 +191,8 @@ def start_run(
 
 def describe(path: Path, status: int) -> str:
     """What became of a run, in one line, or with the end of its log."""
-    from dslt.evaluate import best_row
     from dslt.evaluate import describe as describe_row
-    from dslt.workdir import RunDir, read_json_rows
+    from dslt.workdir import RunDir, best_row, read_json_rows
 
     if status == BUSY:
         return f"{path.name}: another process works on it"

@@ -1,0 +1,305 @@
+"""Finds runs below directories and reads them, the unfinished and the broken ones too.
+
+May import dslt.workdir and dslt.records. What a run's files hold is hostile: nothing in them ends
+the report, everything that keeps a run out of the comparison is a sentence in its `problems`.
+
+    runs, passed_over = find_runs([Path("runs/sweep")])
+"""
+
+import ast
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dslt.errors import InputError
+from dslt.records import Prediction, read_predictions
+from dslt.workdir import RunDir, best_row
+
+EXPERIMENT = "experiment.json"
+# Any of these makes a directory a run's.
+RUN_FILES = (EXPERIMENT, "run.json", "config.gin", "metrics.jsonl", "evaluations.jsonl")
+MAX_PROBLEM_CHARACTERS = 300
+
+_BINDING = re.compile(r"^([\w.]+) = (.*(?:\n[ \t]+.*)*)", re.M)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one run left behind.
+
+    Attributes:
+      name: its path below the directory that was given.
+      path: its directory.
+      settings: `method`, `fraction`, `model`, `seed`, `rationale_weight` and whatever else
+        experiment.json says; from the run's config where it says nothing.
+      config: the bindings of config.gin by their full names.
+      info: run.json.
+      metrics: rows of metrics.jsonl, numbers alone; each has a `step`.
+      evaluations: rows of evaluations.jsonl, likewise.
+      best_step: of the checkpoint that is best on validation.
+      predictions: of that checkpoint.
+      problems: why the run does not enter the comparison; () where it does.
+    """
+
+    name: str
+    path: Path
+    settings: Mapping[str, str | int | float]
+    config: Mapping
+    info: Mapping
+    metrics: tuple[Mapping[str, float], ...]
+    evaluations: tuple[Mapping[str, float], ...]
+    best_step: int | None
+    predictions: tuple[Prediction, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def num_params(self) -> int | None:
+        """Of the student."""
+        found = self.info.get("num_params")
+        return int(found) if _is_number(found) and found > 0 else None
+
+    @property
+    def datasets(self) -> str:
+        """Of its predictions, or what it says of itself where it has none."""
+        names = sorted({prediction.dataset for prediction in self.predictions})
+        return " + ".join(names) or str(self.settings.get("dataset", "unknown"))
+
+
+def find_runs(
+    paths: Sequence[Path], skip: Path | None = None
+) -> tuple[list[Run], list[tuple[str, str]]]:
+    """Reads every run at or below `paths`, in the order of their names.
+
+    Args:
+      skip: a directory that is nobody's run: the report's own.
+
+    Returns:
+      The runs, and (directory, reason) for each directory in which there is none.
+
+    Raises:
+      InputError: a path is no directory, or there is no run at all.
+    """
+    found: dict[Path, str] = {}
+    passed_over = []
+    for given in paths:
+        path = RunDir(given).path  # refuses gs://
+        if not path.is_dir():
+            raise InputError(f"{path}: is no directory; expected a run's, or one that holds runs")
+        for directory, is_run in _walk(path):
+            if skip and directory.resolve() == skip.resolve():
+                continue
+            inside = directory.relative_to(path)
+            name = printable(directory.resolve().name if directory == path else str(inside))
+            if len(paths) > 1 and directory != path:
+                name = f"{printable(path.name)}/{name}"
+            if is_run:
+                found.setdefault(directory.resolve(), name)
+            else:
+                is_empty = not any(directory.iterdir())
+                files = ", ".join(RUN_FILES)
+                passed_over.append((name, "is empty" if is_empty else f"has none of {files}"))
+    if not found:
+        raise InputError(
+            f"{', '.join(map(str, paths))}: holds no run; expected directories of `dslt train` "
+            f"(with one of {', '.join(RUN_FILES)})"
+        )
+    runs = [read_run(path, name) for path, name in found.items()]
+    return sorted(runs, key=lambda run: _natural(run.name)), sorted(set(passed_over))
+
+
+def _walk(path: Path) -> Iterator[tuple[Path, bool]]:
+    """(directory, whether it is a run) for runs, and for the topmost directories without any."""
+    if any((path / file).exists() for file in RUN_FILES):
+        yield path, True
+        return
+    try:
+        children = sorted(
+            child for child in path.iterdir() if child.is_dir() and not child.is_symlink()
+        )
+    except OSError:
+        children = []
+    below = [entry for child in children for entry in _walk(child)]
+    yield from below if any(is_run for _, is_run in below) else [(path, False)]
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Reads one run; whatever is wrong with it is in its `problems`."""
+    run, problems = RunDir(path), []
+    info = _read_object(run.info, problems, "training has not begun, or died at once")
+    config = read_config(run.config)
+    given = _read_object(path / EXPERIMENT, problems) if (path / EXPERIMENT).exists() else {}
+    settings = _derived_settings(info, config) | _flat(given, problems)
+    metrics = read_numbers(run.metrics, problems)
+    evaluations = read_numbers(run.evaluations, problems)
+    best = best_row(evaluations)
+    predictions = ()
+    _check_progress(info, config, evaluations, best, problems)
+    if best is not None:
+        try:
+            predictions = tuple(
+                read_predictions(run.evaluation(int(best["step"])) / "predictions.jsonl")
+            )
+        except (InputError, OSError) as error:
+            problems.append(_shorten(error))
+    return Run(
+        name=name,
+        path=path,
+        settings=settings,
+        config=config,
+        info=info,
+        metrics=tuple(metrics),
+        evaluations=tuple(evaluations),
+        best_step=None if best is None else int(best["step"]),
+        predictions=predictions,
+        problems=tuple(problems),
+    )
+
+
+def read_config(path: Path) -> dict:
+    """Bindings of an operative gin config that are Python literals, by their full names."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    values = {}
+    for name, literal in _BINDING.findall(text):
+        try:
+            values[name] = ast.literal_eval(literal.replace("\\\n", "\n").strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue  # a reference, or no gin at all
+    return values
+
+
+def read_numbers(path: Path, problems: list[str]) -> list[dict[str, float]]:
+    """Rows of a JSONL file, of each its finite numbers; a row needs a `step` above 0.
+
+    A last line without its newline was cut off by a kill and is left out.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(_shorten(f"{path.name}: cannot be read ({error})"))
+        return []
+    rows, broken = {}, []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            found = json.loads(line)
+            row = {name: value for name, value in found.items() if _is_number(value)}
+            rows[int(row["step"])] = row
+        except (ValueError, RecursionError, AttributeError, KeyError):
+            broken.append(number)
+    if broken:
+        problems.append(
+            f"{path.name}:{broken[0]}: no JSON object with a step"
+            + (f"; likewise {len(broken) - 1} more lines" if len(broken) > 1 else "")
+        )
+    return [rows[step] for step in sorted(rows) if step > 0]
+
+
+def printable(text: str) -> str:
+    """Text that UTF-8 can hold: half surrogate pairs, also of file names, become `?`."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _check_progress(info, config, evaluations, best, problems: list[str]) -> None:
+    """Appends why the run's best checkpoint may not be known yet."""
+    state, num_steps = info.get("state"), config.get("train.TrainConfig.num_steps")
+    judged = int(evaluations[-1]["step"]) if evaluations else 0
+    if info and state != "finished":
+        said = {"running": "is still training, or was killed", "stopped": "was stopped"}
+        problems.append(
+            f"unfinished: {said.get(state, f'state is {printable(str(state))!r}')}; the same "
+            "`dslt train` resumes it"
+        )
+    elif info and not evaluations:
+        problems.append("not judged yet: no evaluations.jsonl; run `dslt evaluate --run_dir` on it")
+    elif info and _is_number(num_steps) and judged < num_steps:
+        problems.append(
+            f"not judged to its end: step {judged} of {num_steps}; run `dslt evaluate --run_dir`"
+        )
+    if evaluations and best is None:
+        problems.append("no validation split was judged: the best checkpoint cannot be chosen")
+
+
+def _derived_settings(info: Mapping, config: Mapping) -> dict:
+    """What a run that was started by hand is, as far as its own files say it."""
+    weight = info.get("rationale_weight", config.get("train.TrainConfig.rationale_weight"))
+    is_teacher = config.get("pipeline.DataConfig.label_source") == "teacher"
+    settings: dict = {}
+    if _is_number(weight):
+        settings["rationale_weight"] = weight
+        method = "step_by_step" if weight else "distillation" if is_teacher else "finetuning"
+        if weight and config.get("pipeline.DataConfig.shared_encoder") is True:
+            method += "_shared"
+        settings["method"] = method + ("_teacher" if weight and is_teacher else "")
+    if _is_number(info.get("seed")):
+        settings["seed"] = info["seed"]
+    if _is_number(info.get("num_params")):
+        settings["model"] = f"{info['num_params']:,} parameters"
+    return {"method": "unknown", "model": "unknown", "fraction": 1.0, "seed": 0} | settings
+
+
+def _flat(given: Mapping, problems: list[str]) -> dict:
+    """The strings and numbers of experiment.json; a problem for each other value."""
+    settings = {}
+    for name, value in given.items():
+        if isinstance(value, str | bool):
+            settings[printable(name)] = printable(str(value))
+        elif _is_number(value):
+            settings[printable(name)] = value
+        elif value is not None:
+            problems.append(
+                _shorten(f"{EXPERIMENT}: {name!r} is {value!r}; expected a string or a number")
+            )
+    fraction = settings.get("fraction", 1.0)
+    if not _is_number(fraction) or not 0 < fraction <= 1:
+        problems.append(
+            _shorten(f"{EXPERIMENT}: fraction is {fraction!r}; expected a number in (0, 1]")
+        )
+        settings["fraction"] = 1.0
+    for name in ("method", "model", "seed"):
+        if settings.get(name) == "":
+            del settings[name]
+    return settings
+
+
+def _read_object(path: Path, problems: list[str], why_missing: str = "") -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        problems.append(f"{path.name}: expected a JSON object")
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing: {why_missing}")
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(_shorten(f"{path.name}: cannot be read as JSON ({error})"))
+    return {}
+
+
+def _is_number(value) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shorten(error) -> str:
+    text = printable(" ".join(str(error).split()))
+    cut = text[:MAX_PROBLEM_CHARACTERS]
+    return cut if cut == text else cut + " …"
+
+
+def _natural(name: str) -> list:
+    """Sorts `s10` behind `s9`, and `0.25` before `0.5`."""
+    parts = re.split(r"([0-9]+(?:\.[0-9]+)?)", name)  # every other part is a number
+    return [(float(part), "") if i % 2 else (-1.0, part) for i, part in enumerate(parts)]

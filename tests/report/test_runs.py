@@ -1,0 +1,143 @@
+"""Runs are found and read whatever state they are in; what is wrong with one is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+from made_runs import make_rows, make_run, write_lines
+
+from dslt.errors import InputError
+from dslt.report.runs import find_runs, read_config, read_run
+from dslt.workdir import best_row
+
+
+def test_runs_are_found_at_any_depth_and_sorted_by_number(tmp_path):
+    for name in ("a/s10", "a/s9", "b", "a/0.5", "a/0.25"):
+        make_run(tmp_path / name)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "records.jsonl").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").mkdir()
+    runs, passed_over = find_runs([tmp_path], skip=tmp_path / "out")
+    assert [run.name for run in runs] == ["a/0.25", "a/0.5", "a/s9", "a/s10", "b"]
+    assert all(run.problems == () for run in runs)
+    assert [name for name, _ in passed_over] == ["empty", "records"]
+    assert passed_over[0][1] == "is empty" and "has none of experiment.json" in passed_over[1][1]
+
+
+def test_a_run_given_twice_is_read_once(tmp_path):
+    run = make_run(tmp_path / "sweep" / "run")
+    assert [run.name for run in find_runs([run, tmp_path, run])[0]] == ["run"]
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_where_there_is_no_run_it_is_said(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"is no directory|holds no run; expected directories of"):
+        find_runs([tmp_path / name])
+
+
+def cut_last_line(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+BREAKAGES = {
+    "unfinished: is still training": lambda run: change_info(run, state="running"),
+    "unfinished: was stopped": lambda run: change_info(run, state="stopped"),
+    "unfinished: state is 'None'": lambda run: change_info(run, state=None),
+    "unfinished: state is '??'": lambda run: change_info(run, state="\ud800?"),
+    "run.json is missing": lambda run: (run / "run.json").unlink(),
+    "run.json: expected a JSON object": lambda run: (run / "run.json").write_text("[1]"),
+    "run.json: cannot be read as JSON": lambda run: (run / "run.json").write_bytes(b"\xff{"),
+    "not judged yet": lambda run: (run / "evaluations.jsonl").unlink(),
+    "not judged to its end: step 50 of 100": lambda run: cut_last_line(run / "evaluations.jsonl"),
+    "evaluations.jsonl:1: no JSON object with a step": lambda run: write_lines(
+        run / "evaluations.jsonl", [[], {"step": "x"}, {"step": float("nan")}]
+    ),
+    "metrics.jsonl:1: no JSON object": lambda run: (run / "metrics.jsonl").write_text(
+        "[" * 100_000 + "\n"
+    ),
+    "metrics.jsonl: cannot be read": lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"),
+    "no validation split was judged": lambda run: write_lines(
+        run / "evaluations.jsonl", [{"step": 100, "test/accuracy": 0.5}]
+    ),
+    "predictions.jsonl: cannot be read (No such file": lambda run: (
+        run / "evaluations" / "50" / "predictions.jsonl"
+    ).unlink(),
+    "1 unusable rows": lambda run: (run / "evaluations/50/predictions.jsonl").write_text("{}\n"),
+    "experiment.json: cannot be read": lambda run: (run / "experiment.json").write_text("{"),
+    "experiment.json: 'seed' is [0]": lambda run: (run / "experiment.json").write_text(
+        '{"seed": [0]}'
+    ),
+    "experiment.json: fraction is 'half'": lambda run: (run / "experiment.json").write_text(
+        '{"fraction": "half"}'
+    ),
+    "experiment.json: fraction is 2": lambda run: (run / "experiment.json").write_text(
+        '{"fraction": 2}'
+    ),
+}
+
+
+def change_info(run: Path, **fields) -> None:
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | fields))
+
+
+@pytest.mark.parametrize("reason", BREAKAGES)
+def test_what_is_wrong_with_a_run_is_its_problem_and_no_error(tmp_path, reason):
+    path = make_run(tmp_path / "run")
+    assert read_run(path, "run").problems == ()
+    BREAKAGES[reason](path)
+    problems = read_run(path, "run").problems
+    assert problems and reason in "; ".join(problems)
+    assert all(len(problem) < 310 and "\n" not in problem for problem in problems)
+
+
+def test_a_run_started_by_hand_is_what_its_own_files_say(tmp_path):
+    run = read_run(make_run(tmp_path / "a"), "a")
+    assert run.settings == {
+        "method": "step_by_step", "model": "263,168 parameters", "fraction": 1.0, "seed": 0,
+        "rationale_weight": 1.0,
+    }  # fmt: skip
+    assert run.datasets == "facts" and run.num_params == 263168
+    path = make_run(tmp_path / "b", rationale_weight=0.0)
+    assert read_run(path, "b").settings["method"] == "finetuning"
+    config = path / "config.gin"
+    config.write_text(config.read_text().replace("'gold'", "'teacher'"))
+    assert read_run(path, "b").settings["method"] == "distillation"
+    (path / "experiment.json").write_text('{"method": "mine", "fraction": 0.25, "teacher": "x"}')
+    settings = read_run(path, "b").settings
+    assert (settings["method"], settings["fraction"], settings["teacher"]) == ("mine", 0.25, "x")
+    assert settings["seed"] == 0
+
+
+def test_a_config_is_read_without_gin_and_without_running_it(tmp_path):
+    path = tmp_path / "config.gin"
+    path.write_text(
+        "import os\n"
+        "a.B.lines = \\\n    ('x',\n     'y')\n"
+        "a.B.number = -1.5e-3\n"
+        "a.B.reference = @os.system\n"
+        "a.B.call = __import__('os').system('touch /tmp/x')\n"
+        "a.B.last = None\n"
+    )
+    assert read_config(path) == {"a.B.lines": ("x", "y"), "a.B.number": -0.0015, "a.B.last": None}
+
+
+def test_the_best_row_is_chosen_by_validation_alone():
+    rows = [
+        {"step": 1, "validation/accuracy": 0.5, "test/accuracy": 0.9},
+        {"step": 2, "validation/accuracy": 0.6, "test/accuracy": 0.1},
+        {"step": 3, "validation/accuracy": 0.6, "test/accuracy": 0.8},
+        {"step": 4, "test/accuracy": 1.0},
+    ]
+    assert best_row(rows)["step"] == 2
+    assert best_row(rows[3:]) is None
+
+
+def test_numbers_that_are_none_are_left_out(tmp_path):
+    path = make_run(tmp_path / "run", make_rows(0, 0.5))
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 200, "label_loss": NaN, "loss": "high", "rationale_loss": Infinity}\n')
+    run = read_run(path, "run")
+    assert run.problems == () and run.metrics[-1] == {"step": 200}
