@@ -63,6 +63,9 @@ class TrainConfig:
         rationale row is built.
       seed: of the initial parameters, the data order and dropout.
       accumulation_steps: microbatches an update, for memory; the update is the same.
+      consistency_weight: experimental, of a term that draws an example's label and its rationale
+        together (core/consistency.py); 0 is the paper's objective.
+      consistency_temperature: of that term.
       init_from: a run's directory, one of its checkpoints, or a Hugging Face directory; empty
         starts from scratch.
       branch_from: a run's directory or one of its checkpoints, whose whole state (parameters,
@@ -80,6 +83,8 @@ class TrainConfig:
     rationale_weight: float = 1.0
     seed: int = 0
     accumulation_steps: int = 1
+    consistency_weight: float = 0.0
+    consistency_temperature: float = 0.1
     init_from: str = ""
     branch_from: str = ""
     save_every_steps: int = 1000
@@ -96,6 +101,17 @@ class TrainConfig:
         if self.rationale_weight < 0:
             raise InputError(
                 f"TrainConfig.rationale_weight is {self.rationale_weight}; expected 0 or more"
+            )
+        if self.consistency_weight < 0 or self.consistency_temperature <= 0:
+            raise InputError(
+                f"TrainConfig.consistency_weight is {self.consistency_weight} and "
+                f"consistency_temperature {self.consistency_temperature}; expected 0 or more, and "
+                "above 0"
+            )
+        if self.consistency_weight and not self.rationale_weight:
+            raise InputError(
+                f"TrainConfig.consistency_weight is {self.consistency_weight} and rationale_weight "
+                "is 0; expected rationales to be consistent with"
             )
         if self.init_from and self.branch_from:
             raise InputError(
@@ -371,6 +387,8 @@ def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, sta
         clip_norm=optimizer_config.clip_norm,
         seed=config.seed,
         accumulation_steps=config.accumulation_steps,
+        consistency_weight=config.consistency_weight,
+        consistency_temperature=config.consistency_temperature,
         on_nonfinite=config.on_nonfinite,
         mesh=mesh,
     )
@@ -469,6 +487,8 @@ class LogInterval:
                 values[f"{name}_accuracy"] = float(sums.correct[role]) / tokens
         if steps:
             values["grad_norm"] = float(np.mean([s.grad_norm for s in steps]))
+        if any(s.consistency for s in steps):
+            values["consistency_loss"] = float(np.mean([s.consistency for s in steps]))
         values |= {
             "skipped_steps": len(everything) - len(steps),
             "loss_spikes": self._spikes(everything),

@@ -16,6 +16,7 @@ PROMISED = {
     "label_rationale.gin": (0.0, "gold"),
     "rationale_label.gin": (0.0, "gold"),
     "step_by_step.gin": (1.0, "gold"),
+    "step_by_step_consistent.gin": (1.0, "gold"),
     "step_by_step_shared.gin": (1.0, "gold"),
     "step_by_step_shuffled.gin": (1.0, "gold"),
     "step_by_step_teacher.gin": (1.0, "teacher"),

@@ -12,6 +12,7 @@ from flax import nnx
 
 from dslt.core import losses, sharding
 from dslt.core.batch import Batch
+from dslt.core.consistency import consistency_loss
 from dslt.core.cross_entropy import linear_cross_entropy
 from dslt.errors import InputError
 
@@ -38,12 +39,14 @@ class StepMetrics(NamedTuple):
       sums: RoleSums, [2] each.
       grad_norm: of the objective's gradient before clipping.
       is_finite: whether loss and gradient are, bool; else the step changed no parameter.
+      consistency: of `consistency_loss`, nats an example; 0 where it has no weight.
     """
 
     loss: jax.Array
     sums: losses.RoleSums
     grad_norm: jax.Array
     is_finite: jax.Array
+    consistency: jax.Array
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
@@ -66,6 +69,8 @@ def train_step(
     clip_norm: float,
     seed: int,
     accumulation_steps: int = 1,
+    consistency_weight: float = 0.0,
+    consistency_temperature: float = 0.1,
     on_nonfinite: str = "skip",
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
@@ -82,6 +87,8 @@ def train_step(
       clip_norm: of the global gradient; 0 turns clipping off.
       seed: dropout keys are folded from it and the step.
       accumulation_steps: microbatches that the rows are dealt to, one after the other in memory.
+      consistency_weight: of `consistency_loss` in the objective; 0 leaves it out of the program.
+      consistency_temperature: its τ.
       on_nonfinite: `skip` leaves parameters and moments as they were and goes on; `stop` halts the
         state: no later step changes it.
       mesh: what the state and the batch are placed on; None on one device.
@@ -92,7 +99,7 @@ def train_step(
     Raises:
       InputError: the rows cannot be dealt out evenly.
     """
-    (loss, sums), grads = gradient_of(
+    (loss, (sums, consistency)), grads = gradient_of(
         state.params,
         batch,
         state.step,
@@ -100,6 +107,8 @@ def train_step(
         rationale_weight=rationale_weight,
         seed=seed,
         accumulation_steps=accumulation_steps,
+        consistency_weight=consistency_weight,
+        consistency_temperature=consistency_temperature,
         mesh=mesh,
     )
     with jax.named_scope("optimizer"):
@@ -112,7 +121,7 @@ def train_step(
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         settle = _halt if on_nonfinite == "stop" else _skip
         new_state = settle(state, TrainState(state.step + 1, params, opt_state), is_finite)
-    return new_state, StepMetrics(loss, sums, grad_norm, is_finite)
+    return new_state, StepMetrics(loss, sums, grad_norm, is_finite, consistency)
 
 
 def gradient_of(
@@ -124,9 +133,13 @@ def gradient_of(
     rationale_weight: float,
     seed: int,
     accumulation_steps: int,
+    consistency_weight: float,
+    consistency_temperature: float,
     mesh: jax.sharding.Mesh | None,
-) -> tuple[tuple[jax.Array, losses.RoleSums], dict]:
-    """((objective, RoleSums), its gradient) of a batch; arguments and errors as of `train_step`.
+) -> tuple[tuple[jax.Array, tuple[losses.RoleSums, jax.Array]], dict]:
+    """((objective, (RoleSums, consistency loss)), the objective's gradient) of a batch.
+
+    Arguments and errors are those of `train_step`.
 
     `step` is that before the update, from 0: dropout depends on it.
     """
@@ -136,19 +149,33 @@ def gradient_of(
             f"{rows} rows cannot be dealt to {accumulation_steps} microbatches; pad the batch with "
             "`pad_rows` to a multiple"
         )
+    if consistency_weight and accumulation_steps > 1:
+        raise InputError(
+            f"consistency_weight is {consistency_weight} with {accumulation_steps} microbatches; "
+            "expected 1: an example's label and rationale may lie in two of them"
+        )
     tokens = losses.role_weights(batch).sum((1, 2))  # of the whole global batch, before the split
     step_key = jax.random.fold_in(jax.random.key(seed), step)
 
     def microbatch_loss(params, microbatch, key):
         with sharding.inside(mesh):
             model = nnx.merge(graphdef, params)
+            hidden = model.hidden(microbatch, key)
             loss, nll, is_correct = linear_cross_entropy(
-                model.hidden(microbatch, key),
+                hidden,
                 model.output_weight(),
                 microbatch.decoder_target_tokens,
                 losses.objective_weights(microbatch, tokens, rationale_weight),
             )
-        return loss, losses.sum_by_role(nll, is_correct, microbatch)
+            consistency = jnp.zeros(())
+            if consistency_weight:
+                # A label and a rationale of two tokens each: no more pairs than that find room.
+                max_examples = microbatch.decoder_target_tokens.size // 4
+                consistency = consistency_loss(
+                    hidden, microbatch, max_examples, consistency_temperature
+                )
+                loss += consistency_weight * consistency
+        return loss, (losses.sum_by_role(nll, is_correct, microbatch), consistency)
 
     gradient = jax.value_and_grad(microbatch_loss, has_aux=True)
     if accumulation_steps == 1:

@@ -15,6 +15,7 @@ import pytest
 from dslt.core import t5, train_step
 from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE, pad_rows
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
+from dslt.errors import InputError
 
 TINY = dict(
     vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_heads=2, num_layers=2, num_decoder_layers=2
@@ -260,3 +261,54 @@ def test_training_memorises_with_a_donated_state(paired, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert losses[0] > 3 and losses[-1] < 0.05
     np.testing.assert_array_equal(metrics.sums.correct, metrics.sums.tokens)  # every token learnt
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_the_consistency_term_is_added_with_its_weight_and_moves_the_gradient(build, weight):
+    """In one batch with both tasks' segments of two examples, in rows of their own."""
+    batch = build([LABEL_0, RATIONALE_1], [LABEL_1, RATIONALE_0])
+    targets = {tuple(segment[1]): number for number, segment in enumerate((LABEL_0, LABEL_1), 1)}
+    targets |= {tuple(s[1]): n for n, s in enumerate((RATIONALE_0, RATIONALE_1), 1)}
+    for row, ids in enumerate(batch.decoder_segment_ids):
+        for segment in range(1, ids.max() + 1):
+            tokens = tuple(batch.decoder_target_tokens[row][ids == segment].tolist())
+            batch.decoder_example_ids[row][ids == segment] = targets[tokens]
+
+    def gradient(consistency_weight):
+        step = functools.partial(
+            train_step.train_step,
+            graphdef=model()[0],
+            optimizer=keep_gradient,
+            clip_norm=0.0,
+            rationale_weight=1.0,
+            seed=0,
+            consistency_weight=consistency_weight,
+        )
+        state = train_step.init_state(model()[1], keep_gradient)
+        state, metrics = jax.jit(step, compiler_options=QUICK_COMPILE)(state, batch)
+        return state.opt_state, metrics
+
+    plain, without = gradient(0.0)
+    drawn, metrics = gradient(weight)
+    assert without.consistency == 0 and 0 < metrics.consistency < 20
+    np.testing.assert_allclose(metrics.loss, without.loss + weight * metrics.consistency, rtol=1e-5)
+    moved = [
+        np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (plain, drawn)), strict=True)
+    ]
+    assert max(moved) > 1e-3
+
+
+def test_the_consistency_term_wants_the_whole_batch_at_once(build):
+    with pytest.raises(InputError, match="an example's label and rationale may lie in two of them"):
+        train_step.gradient_of(
+            model()[1],
+            build([LABEL_0]),
+            jnp.int32(0),
+            graphdef=model()[0],
+            rationale_weight=1.0,
+            seed=0,
+            accumulation_steps=2,
+            consistency_weight=1.0,
+            consistency_temperature=0.1,
+            mesh=None,
+        )
