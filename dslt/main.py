@@ -5,6 +5,7 @@ dslt train runs/step_by_step.gin settings/facts.gin --run_dir runs/facts/step_by
 dslt evaluate --run_dir runs/facts/step_by_step --follow
 dslt export --student runs/facts/step_by_step --output_dir runs/facts/student
 dslt predict --student runs/facts/student --rationales problems.txt
+dslt serve --student runs/facts/student
 dslt plan runs/step_by_step.gin settings/paper.gin --topology v5e:2x4
 """
 
@@ -15,11 +16,11 @@ import traceback
 from collections.abc import Sequence
 
 from dslt import __version__
-from dslt.commands import bench, evaluate, export, extract, import_, plan, predict, train
+from dslt.commands import bench, evaluate, export, extract, import_, plan, predict, serve, train
 from dslt.commands.processes import INTERRUPTED, fail, is_distributed
 from dslt.errors import InputError
 
-COMPUTING = ("train", "evaluate", "predict", "bench")
+COMPUTING = ("train", "evaluate", "predict", "bench", "serve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dslt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in (extract, train, evaluate, predict, export, import_, bench, plan):
+    for command in (extract, train, evaluate, predict, serve, export, import_, bench, plan):
         command.add(commands)
     return parser
 

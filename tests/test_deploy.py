@@ -4,6 +4,7 @@ What is not installed is skipped: transformers' generate needs torch, CTranslate
 ONNX Runtime an environment of its own (onnx_requirements.txt).
 """
 
+import contextlib
 import runpy
 from pathlib import Path
 
@@ -86,14 +87,23 @@ def tokenizer(student):
 def generate_all(model, tokenizer, problems) -> list:
     import torch
 
+    sources = [torch.tensor([ids]) for ids in ids_of(tokenizer, problems)]
+    with one_thread():
+        return [
+            model.generate(ids, max_new_tokens=MAX_LENGTH, do_sample=False)[0].tolist()
+            for ids in sources
+        ]
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Products so small are done before a second thread of PyTorch's wakes up."""
+    import torch
+
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products so small are done before a second thread wakes up
-    found = [
-        model.generate(torch.tensor([ids]), max_new_tokens=MAX_LENGTH, do_sample=False)[0].tolist()
-        for ids in ids_of(tokenizer, problems)
-    ]
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(num_threads)
-    return found
 
 
 def test_transformers_generates_the_same(student, problems, decoded, tokenizer):
@@ -113,7 +123,9 @@ def test_transformers_pipeline_gives_the_same(student, problems, decoded):
             transformers.pipeline("text2text-generation", model=str(student[0]))
         pytest.skip("transformers 5 has no text2text-generation pipeline (onnx_requirements.txt)")
     pipeline = transformers.pipeline("text2text-generation", model=str(student[0]), device="cpu")
-    found = [row["generated_text"] for row in pipeline(problems, max_new_tokens=MAX_LENGTH)]
+    with one_thread():
+        rows = pipeline(problems, max_new_tokens=MAX_LENGTH, num_beams=1)  # its own default is 4
+    found = [row["generated_text"] for row in rows]
     vocabulary = load_vocabulary(student[0])
     assert found == [vocabulary.decode(row) for row in decoded[0]]
 

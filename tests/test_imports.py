@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "records": (),
     "metrics": (),
     "workdir": ("records", "metrics"),
+    "model_card": ("workdir", "records", "metrics"),
     "distributed": (),
     "report": ("workdir", "records", "metrics"),
     "core": ("core",),
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "bench": (*STAGE, "train", "bench_reference"),
     "bench_reference": ("core",),
     "plan": ("core", "train", "evaluate"),
+    "serve": (*STAGE, "serve_engine"),
     "config": None,
     "commands": None,
     "main": None,
@@ -57,6 +59,8 @@ HOMES = {
     "tensorflow": ("data",),
     "tensorflow_datasets": ("data",),
     "orbax": ("checkpoint",),
+    "fastapi": ("serve",),
+    "uvicorn": ("serve",),
 }
 NEVER_JAX = ("teacher", "data", "report")
 
