@@ -190,6 +190,7 @@ def _read_page(title: str) -> tuple[str, dict[str, str]]:
 
     policy = (
         f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     )
     return page, {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
