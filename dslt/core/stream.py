@@ -14,7 +14,6 @@ import functools
 from collections.abc import Hashable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -86,6 +85,7 @@ class Stream:
         self._source_length, self._max_length = source_length, max_length
         self._start_id = start_id
         self._row_counts = sizes(1, max_rows)
+        self._shapes: dict[int, Slots] = {}  # of slots by their number
         self._slots: Slots | None = None
         self._keys: list[Hashable | None] = []  # of the input in each slot; None: free
 
@@ -144,7 +144,11 @@ class Stream:
     def _put(self, key: Hashable, source: Sources) -> None:
         rows = len(self._keys)
         if self._slots is None:
-            self._slots = start(source, rows, self._max_length)
+            if rows not in self._shapes:
+                self._shapes[rows] = slots_like(source, rows, self._max_length)
+            # Slots without a source are zeros, and need no program: padding, and not live.
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._shapes[rows])
+            self._slots = jax.device_put(zeros)
         slot = self._keys.index(None)
         into = np.full(rows, slot, np.int32)
         self._slots = self._programs.refill(
@@ -170,16 +174,13 @@ def sizes(first: int, last: int) -> tuple[int, ...]:
     return (*found, last)
 
 
-def start(source: Sources, rows: int, max_length: int) -> Slots:
-    """Free slots for sources like this one."""
+def slots_like(source: Sources, rows: int, max_length: int) -> Slots:
+    """The shapes and dtypes of slots for sources like this one."""
     empty = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), source)
     make = functools.partial(
         decode.start, config=GREEDY, cache_length=max_length, max_length=max_length
     )
-    # Slots without a source are zeros: padding, and not live. Made here, they need no program.
-    return jax.tree.map(
-        lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), jax.eval_shape(make, empty)
-    )
+    return jax.eval_shape(make, empty)
 
 
 def resize(slots: Slots, kept: np.ndarray, count: int) -> Slots:
@@ -189,7 +190,7 @@ def resize(slots: Slots, kept: np.ndarray, count: int) -> Slots:
     """
     rows = jax.tree.map(lambda x: np.take(np.asarray(x), kept, axis=0), slots._replace(step=None))
     rows.is_live[count:] = False
-    return jax.tree.map(jnp.asarray, rows)._replace(step=slots.step)
+    return jax.device_put(rows)._replace(step=slots.step)
 
 
 def _run(params, layers, slots: Slots, stop_at, max_steps, *, graphdef) -> Slots:
