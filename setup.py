@@ -11,6 +11,7 @@ _REPORT = [  # `dslt report`; nothing else needs them
     "sacrebleu>=2.6.0",
     "scipy>=1.17.1",
 ]
+_SERVE = ["fastapi>=0.165", "prometheus-client>=0.26", "uvicorn>=0.54"]  # `dslt serve`, likewise
 
 setup(
     name="dslt",
@@ -23,7 +24,7 @@ setup(
     packages=[*find_packages(include=["dslt", "dslt.*"]), "dslt.gin"],
     package_dir={"dslt.gin": "gin"},  # the configs travel inside the wheel
     package_data={
-        "dslt": ["prompts/*.toml"],
+        "dslt": ["prompts/*.toml", "serve_page.html"],
         "dslt.report": ["templates/*"],
         "dslt.gin": ["**/*.gin"],
     },
@@ -41,6 +42,7 @@ setup(
         "sentencepiece>=0.2.3",
         "tokenizers>=0.22",
         "safetensors>=0.8.0",
+        "tensorstore>=0.1.86",  # T5X checkpoints; orbax-checkpoint needs it too
         "tensorboardX>=2.6.2",
         "tqdm>=4.67",
     ],
@@ -49,8 +51,11 @@ setup(
         "gpu": ["jax[cuda13]>=0.10.2"],
         "teacher": ["openai>=3.54.0"],  # to ask an endpoint; nothing else needs it
         "report": _REPORT,
+        "serve": _SERVE,
+        "ctranslate2": ["ctranslate2>=4.8.5", "torch==2.13.0"],  # launch/to_ctranslate2.py
         "test": [
             *_REPORT,
+            *_SERVE,
             "pytest>=8",
             "ruff>=0.14",
             "openai>=3.54.0",

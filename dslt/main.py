@@ -5,6 +5,7 @@ dslt train runs/step_by_step.gin settings/facts.gin --run_dir runs/facts/step_by
 dslt evaluate --run_dir runs/facts/step_by_step --follow
 dslt export --student runs/facts/step_by_step --output_dir runs/facts/student
 dslt predict --student runs/facts/student --rationales problems.txt
+dslt serve --student runs/facts/student
 dslt plan runs/step_by_step.gin settings/paper.gin --topology v5e:2x4
 dslt report runs/facts --output_dir runs/facts/report
 """
@@ -26,6 +27,7 @@ from dslt.commands import (
     predict,
     replay,
     report,
+    serve,
     sweep,
     train,
 )
@@ -35,10 +37,10 @@ from dslt.files import full_disk_error
 from dslt.signals import INTERRUPTED
 
 COMMANDS = (
-    *(extract, train, evaluate, predict, export, import_),
+    *(extract, train, evaluate, predict, serve, export, import_),
     *(sweep, report, bench, plan, replay),
 )
-COMPUTING = ("train", "evaluate", "predict", "bench", "sweep", "replay")
+COMPUTING = ("train", "evaluate", "predict", "serve", "bench", "sweep", "replay")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

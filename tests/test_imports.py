@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "metrics": (),
     "workdir": ("records", "metrics"),
     "signals": (),
+    "model_card": ("workdir", "records", "metrics"),
     "distributed": ("signals",),
     "report": ("report", "workdir", "records", "metrics", "teacher.parse"),
     "core": ("core",),
@@ -38,6 +39,7 @@ MAY_IMPORT = {
     "bench_reference": ("core",),
     "plan": ("core", "train", "evaluate"),
     "sweep": ("workdir", "records"),
+    "serve": (*STAGE, "serve_engine"),
     "config": None,
     "commands": None,
     "main": None,
@@ -64,6 +66,8 @@ HOMES = {
     "tensorflow": ("data",),
     "tensorflow_datasets": ("data",),
     "orbax": ("checkpoint",),
+    "fastapi": ("serve",),
+    "uvicorn": ("serve",),
 }
 NEVER_JAX = ("teacher", "data", "report")
 

@@ -1,5 +1,6 @@
-"""`dslt import`: a Hugging Face T5 as an Orbax checkpoint."""
+"""`dslt import`: a Hugging Face T5 or a T5X checkpoint as an Orbax checkpoint."""
 
+import sys
 from pathlib import Path
 
 from dslt.commands.arguments import add_command
@@ -9,26 +10,53 @@ from dslt.errors import InputError
 
 def add(commands) -> None:
     command = add_command(
-        commands, "import", import_student, "turn a Hugging Face T5 into an Orbax checkpoint"
+        commands,
+        "import",
+        import_student,
+        "turn a Hugging Face T5 or a T5X checkpoint into an Orbax checkpoint",
     )
-    command.add_argument("--hugging_face", required=True, help="a directory with safetensors")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hugging_face", help="a directory with safetensors")
+    source.add_argument("--t5x", help="a checkpoint's directory, such as checkpoint_1000000")
+    command.add_argument(
+        "--vocabulary",
+        help="with --t5x, which has none: a SentencePiece model, a tokenizer's directory, or bytes",
+    )
     command.add_argument("--output_dir", required=True, help="made; must not hold checkpoints")
 
 
 def import_student(args) -> None:
     """Writes checkpoints/0, the vocabulary and student.json, for `init_from` and `predict`."""
-    from dslt.checkpoint import hf_t5
+    from dslt.checkpoint import hf_t5, t5x
     from dslt.checkpoint.layout import Layout
     from dslt.checkpoint.manager import CheckpointManager
     from dslt.data.vocabulary import load_vocabulary
-    from dslt.workdir import RunDir
+    from dslt.workdir import RunDir, StudentFormat
 
-    source, run = Path(args.hugging_face), RunDir(Path(args.output_dir))
+    run = RunDir(Path(args.output_dir))
     if run.checkpoints.exists():
         raise InputError(f"{run.checkpoints}: exists already; choose another --output_dir")
-    model_config, params = hf_t5.load_params(source)
-    format, vocabulary_path = student_files(source)
-    vocabulary = load_vocabulary(vocabulary_path)
+    if bool(args.t5x) != bool(args.vocabulary):
+        raise InputError(
+            "--t5x and --vocabulary go together: a T5X checkpoint has no vocabulary, and a "
+            "Hugging Face directory has its own"
+        )
+    if args.t5x:
+        source = Path(args.t5x)
+        vocabulary = load_vocabulary(args.vocabulary)
+        model_config, params = t5x.load_params(source)
+        format = StudentFormat()
+        print(f"{source}: says nothing of its inputs; taking {format}", file=sys.stderr)
+        if vocabulary.size > model_config.vocab_size:
+            raise InputError(
+                f"{args.vocabulary}: has {vocabulary.size} ids, but {source} embeds "
+                f"{model_config.vocab_size}; expected the vocabulary that it was trained with"
+            )
+    else:
+        source = Path(args.hugging_face)
+        model_config, params = hf_t5.load_params(source)
+        format, vocabulary_path = student_files(source)
+        vocabulary = load_vocabulary(vocabulary_path)
     with CheckpointManager(run.checkpoints) as manager:
         manager.save_params(0, params, Layout(model_config))
     vocabulary.save(run.vocabulary)

@@ -10,10 +10,10 @@ knows neither, so here every shape is one of a few, and all programs can be comp
 """
 
 import collections
+import functools
 from collections.abc import Hashable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -23,7 +23,7 @@ from dslt.core.batch import EOS_ID
 from dslt.core.continuous import before_eos, pad_answers, pad_rows
 from dslt.core.decode import DecodeConfig, Slots, Sources
 
-GROWTH = 4  # of a size to the next; between them what is padded costs less than more programs
+GROWTH = 8  # of a size to the next: fewer sizes, fewer programs to compile and more padding
 GREEDY = DecodeConfig()
 
 
@@ -37,9 +37,7 @@ class StreamPrograms:
         self._encode = jax.jit(decode.encode_sources, static_argnames="graphdef")
         self._run = jax.jit(_run, static_argnames="graphdef", donate_argnames="slots")
         self._score = jax.jit(score_answers, static_argnames="graphdef")
-        self.start = jax.jit(_start, static_argnames=("rows", "max_length"))
         self.refill = jax.jit(decode.refill, donate_argnames="slots")
-        self.resize = jax.jit(_resize)
 
     def encode(self, tokens: np.ndarray, source_length: int, start_id: int) -> Sources:
         """One input, int32, as the only row of Sources of `source_length`."""
@@ -87,6 +85,7 @@ class Stream:
         self._source_length, self._max_length = source_length, max_length
         self._start_id = start_id
         self._row_counts = sizes(1, max_rows)
+        self._shapes: dict[int, Slots] = {}  # of slots by their number
         self._slots: Slots | None = None
         self._keys: list[Hashable | None] = []  # of the input in each slot; None: free
 
@@ -139,13 +138,17 @@ class Stream:
             live = [i for i, key in enumerate(self._keys) if key is not None]
             kept = np.zeros(rows, np.int32)
             kept[: len(live)] = live
-            self._slots = self._programs.resize(self._slots, kept, np.int32(len(live)))
+            self._slots = resize(self._slots, kept, len(live))
             self._keys = [self._keys[i] for i in live] + [None] * (rows - len(live))
 
     def _put(self, key: Hashable, source: Sources) -> None:
         rows = len(self._keys)
         if self._slots is None:
-            self._slots = self._programs.start(source, rows=rows, max_length=self._max_length)
+            if rows not in self._shapes:
+                self._shapes[rows] = slots_like(source, rows, self._max_length)
+            # Slots without a source are zeros, and need no program: padding, and not live.
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._shapes[rows])
+            self._slots = jax.device_put(zeros)
         slot = self._keys.index(None)
         into = np.full(rows, slot, np.int32)
         self._slots = self._programs.refill(
@@ -158,8 +161,6 @@ class Stream:
         tokens = np.array([EOS_ID], np.int32)
         for rows in self._row_counts:
             self.fill(collections.deque([(i, tokens) for i in range(rows)]))
-            for other in self._row_counts:
-                self._programs.resize(self._slots, np.zeros(other, np.int32), np.int32(1))
             self.advance(1)
             self._slots, self._keys = None, []
 
@@ -173,19 +174,26 @@ def sizes(first: int, last: int) -> tuple[int, ...]:
     return (*found, last)
 
 
-def _start(source: Sources, *, rows: int, max_length: int) -> Slots:
-    """Free slots for sources like this one."""
-    empty = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), source)
-    return decode.start(empty, GREEDY, cache_length=max_length, max_length=max_length)
+def slots_like(source: Sources, rows: int, max_length: int) -> Slots:
+    """The shapes and dtypes of slots for sources like this one."""
+    empty = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), source)
+    make = functools.partial(
+        decode.start, config=GREEDY, cache_length=max_length, max_length=max_length
+    )
+    return jax.eval_shape(make, empty)
+
+
+def resize(slots: Slots, kept: np.ndarray, count: int) -> Slots:
+    """The slots `kept` [R] int32; all but the first `count` of them are free.
+
+    On the host: on a CPU that is the same copy, and needs no program for each pair of sizes.
+    """
+    rows = jax.tree.map(lambda x: np.take(np.asarray(x), kept, axis=0), slots._replace(step=None))
+    rows.is_live[count:] = False
+    return jax.device_put(rows)._replace(step=slots.step)
 
 
 def _run(params, layers, slots: Slots, stop_at, max_steps, *, graphdef) -> Slots:
     # Only a step's place in the ring says anything, so a server may count for ever.
     slots = slots._replace(step=slots.step % slots.can_see.shape[2])
     return decode.run(params, layers, slots, stop_at, max_steps, graphdef=graphdef, config=GREEDY)
-
-
-def _resize(slots: Slots, kept: jax.Array, count: jax.Array) -> Slots:
-    """The slots `kept` [R] int32; all but the first `count` of them are free."""
-    slots = decode.keep_rows(slots, kept)
-    return slots._replace(is_live=slots.is_live & (jnp.arange(kept.shape[0]) < count))

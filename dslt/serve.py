@@ -1,0 +1,194 @@
+"""One student behind HTTP: JSON, a page, health and metrics. Needs `pip install '.[serve]'`.
+
+    POST /predict       {"inputs": ["…"], "rationales": false} → {"predictions": [{…}]}
+    GET  /              a page with a text box
+    GET  /health        200 when ready, else 503
+    GET  /metrics       Prometheus
+    GET  /openapi.json  the schemas
+
+What is refused: 413 a body or a list that is too long, 422 an input that is (none is cut), 503 with
+Retry-After what finds the queue full or the student not ready.
+"""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import html
+import re
+import socket
+import time
+from pathlib import Path
+
+import fastapi
+import prometheus_client
+import pydantic
+import uvicorn
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from dslt import __version__, signals
+from dslt.errors import InputError
+from dslt.serve_engine import Engine, Overloaded
+
+PAGE = Path(__file__).with_name("serve_page.html")
+RETRY_AFTER = {"Retry-After": "1"}  # seconds
+
+
+class PredictRequest(pydantic.BaseModel):
+    """Inputs as the student was trained on them, without a task prefix."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    inputs: list[str] = pydantic.Field(min_length=1)
+    rationales: bool = pydantic.Field(False, description="explain the answers too")
+
+
+class PredictedAnswer(pydantic.BaseModel):
+    """What the student says to one input."""
+
+    label: str
+    probability: float = pydantic.Field(
+        description="of this label among all texts; of one of a set of labels, among the set"
+    )
+    distribution: dict[str, float] | None = pydantic.Field(
+        None, description="the probability of each label of the set, the most likely first"
+    )
+    rationale: str | None = pydantic.Field(None, description="where it was asked for")
+
+
+class PredictResponse(pydantic.BaseModel):
+    """An answer to each input, in their order."""
+
+    predictions: list[PredictedAnswer]
+
+
+def make_app(engine: Engine, title: str) -> fastapi.FastAPI:
+    """The app; it starts the engine and stops it. `title` is shown on the page."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    app = fastapi.FastAPI(
+        title=f"dslt: {title}",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # these pages load scripts from elsewhere
+        redoc_url=None,
+        exception_handlers={RequestValidationError: _refuse_malformed},
+    )
+    app.add_middleware(_Gate, engine=engine)
+    page, headers = _read_page(title)
+
+    @app.post("/predict", response_model_exclude_none=True)
+    async def predict(request: PredictRequest) -> PredictResponse:
+        if len(request.inputs) > engine.config.max_inputs:
+            found = f"{len(request.inputs)} inputs; expected {engine.config.max_inputs} at most"
+            raise fastapi.HTTPException(413, found)
+        try:
+            works = await asyncio.to_thread(engine.submit, request.inputs, request.rationales)
+        except InputError as error:
+            raise fastapi.HTTPException(422, str(error)) from None
+        except Overloaded as error:
+            raise fastapi.HTTPException(503, str(error), RETRY_AFTER) from None
+        answers = []
+        for work in works:
+            result = await asyncio.wrap_future(work.future)
+            if work.kind == "label":
+                answers.append(result._asdict())
+                answers[-1]["label"] = answers[-1].pop("text")
+            else:
+                answers[-1]["rationale"] = result
+        return PredictResponse(predictions=answers)
+
+    @app.get("/health")
+    async def health() -> Response:
+        is_ready = engine.state == "ready"
+        headers = {} if is_ready else RETRY_AFTER
+        return JSONResponse({"state": engine.state}, 200 if is_ready else 503, headers)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        text = prometheus_client.generate_latest(engine.metrics.registry)
+        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> Response:
+        return HTMLResponse(page, headers=headers)
+
+    return app
+
+
+def serve(app: fastapi.FastAPI, host: str, port: int, stop_secs: int) -> None:
+    """Listens until SIGTERM or SIGINT, then answers what has come and returns.
+
+    Raises:
+      OSError: the address is taken, or is not one of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family, backlog=1024)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"listening on http://{shown}:{listening.getsockname()[1]}", flush=True)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=stop_secs
+    )
+    with signals.deferred():  # uvicorn hears of a signal, ends in order, and raises it again
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+class _Gate:
+    """ASGI middleware: bounds the body of a request, and counts and times those to /predict."""
+
+    def __init__(self, app, engine: Engine):
+        self._app, self._engine = app, engine
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_secs, max_bytes, received = time.perf_counter(), self._engine.config.max_bytes, 0
+
+        async def receive_bounded():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > max_bytes:
+                raise fastapi.HTTPException(
+                    413, f"the body has more than {max_bytes} bytes; send fewer inputs at once"
+                )
+            return message
+
+        async def send_counted(message):
+            if scope["path"] == "/predict" and message["type"] == "http.response.start":
+                self._engine.metrics.requests.labels(str(message["status"])).inc()
+                if message["status"] == 200:
+                    secs = time.perf_counter() - started_secs
+                    self._engine.metrics.request_secs.observe(secs)
+            await send(message)
+
+        await self._app(scope, receive_bounded, send_counted)
+
+
+async def _refuse_malformed(request, error: RequestValidationError) -> Response:
+    """422 without what was sent: that may be long, or no text at all."""
+    faults = [{"where": fault["loc"], "message": fault["msg"]} for fault in error.errors()]
+    return JSONResponse({"detail": faults[:20]}, 422)
+
+
+def _read_page(title: str) -> tuple[str, dict[str, str]]:
+    """The page, and the headers by which a browser runs its own script and loads nothing else."""
+    page = PAGE.read_text(encoding="utf-8").replace("{{title}}", html.escape(title))
+
+    def hashes(tag: str) -> str:
+        found = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in found]
+        return " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
+
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    return page, {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
