@@ -7,6 +7,7 @@ from dslt import strict_json
 from dslt.commands.arguments import add_command, fields_of, positive, require
 from dslt.commands.processes import INTERRUPTED
 from dslt.errors import InputError
+from dslt.terminal import printable
 
 # What an entry of a --teachers file may say; what it leaves out is as the flags have it.
 TEACHER_FIELDS = (
@@ -175,7 +176,7 @@ def extract(args) -> int | None:
         if has_store(args.output_dir):
             with CompletionStore(args.output_dir) as store:
                 questions = extraction.pending(questions, store)
-        print(estimate.describe_run(examples, questions, config.prices))
+        print(printable(estimate.describe_run(examples, questions, config.prices)))
         return 0
     is_silent = args.offline or args.merge_from or args.write_batch or args.read_batch
     with CompletionStore(args.output_dir) as store:

@@ -5,6 +5,7 @@ import sys
 
 from dslt.commands.arguments import positive
 from dslt.errors import InputError
+from dslt.terminal import printable
 
 INTERRUPTED = 130  # an exit status, as a shell has it for SIGINT
 
@@ -70,5 +71,5 @@ def fail(args, message: str, status: int) -> int:
 
         distributed.fail(message, status)
     if message:
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
     return status
