@@ -1,8 +1,10 @@
 """Texts that mean something to a shell, a parser, a terminal or a tokenizer, and here mean nothing.
 
 They may stand in a problem, a label, an id, a teacher's answer, or a name. `SPRUNG` is what would
-be there if one of them were obeyed.
+be there if one of them were obeyed. `SECRETS` are environment variables that nothing may write.
 """
+
+from pathlib import Path
 
 SPRUNG = "dslt-hostile-was-here"
 
@@ -101,3 +103,19 @@ HOSTILE_NAMES = (
 
 # JSON texts that decode to halves of characters, which no file can hold.
 HALF_CHARACTERS = ('"\\ud800"', '"a\\udfffb"', '"\\udc00\\ud800"')
+
+SECRETS = {
+    "OPENAI_API_KEY": "sk-plantedK3y/with+signs=0123456789abcdef",
+    "HF_TOKEN": "hf_PlantedTokenThatNobodyMayWrite012345",
+}
+
+
+def assert_no_secret(directory: Path, printed: str) -> None:
+    """Searches all files below a directory and what was printed for parts of the secrets."""
+    parts = [s[i : i + 12] for s in SECRETS.values() for i in range(len(s) - 11)]
+    assert not [part for part in parts if part in printed], printed[-2000:]
+    for path in directory.rglob("*"):
+        assert not [part for part in parts if part in path.name], path
+        if path.is_file():
+            data = path.read_bytes()
+            assert not [part for part in parts if part.encode() in data], path

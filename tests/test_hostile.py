@@ -1,11 +1,20 @@
 """Text is data: hostile problems, labels, ids and completions go through the job unchanged."""
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
-from hostile import HALF_CHARACTERS, HOSTILE_NAMES, HOSTILE_STRINGS, SPRUNG
+from hostile import (
+    HALF_CHARACTERS,
+    HOSTILE_NAMES,
+    HOSTILE_STRINGS,
+    SECRETS,
+    SPRUNG,
+    assert_no_secret,
+)
 from hostile_server import answering, completion
 
 from dslt.main import main
@@ -57,16 +66,21 @@ def said_to(prompt):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """The whole job in a directory of its own; yields the directory, its output and the answers."""
+    """The whole job, secrets in its environment; yields its directory, its rows, what it printed.
+
+    Some of the teacher's answers have half a character, some spell the key that they were sent.
+    """
     directory = tmp_path_factory.mktemp("hostile")
     work = directory / "work"
     work.mkdir()
     said = {}
 
-    def answer(body, _):
+    def answer(body, authorization):
         number = len(said)
         text = said_to(body["messages"][-1]["content"])
         said[number] = text
+        if number % 5 == 0:
+            text = authorization.removeprefix("Bearer ") + text
         half = HALF_CHARACTERS[number % 3] if number % 9 == 0 else None
         return 200, completion(text, half)
 
@@ -76,33 +90,36 @@ def job(tmp_path_factory):
     (directory / "home").mkdir()
     rows = table_rows()
     (work / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    columns = [f"--{name}_column={column}" for name, column in COLUMNS.items()]
-    gin = [part for binding in GIN for part in ("--gin", binding)]
+    for name, secret in SECRETS.items():
+        patch.setenv(name, secret)
+    printed = io.StringIO()
     try:
-        with answering(answer) as url:
-            table = ["--dataset", "mine", "--input_file", "table.jsonl", *columns]
-            teacher = [
-                "--teacher",
-                "endpoint",
-                "--base_url",
-                url,
-                "--model",
-                "m",
-                "--keep",
-                "legal",
-            ]
-            assert main(["extract", *table, *teacher, "--output_dir", "out/records"]) == 0
-        run = ["--run_dir", "out/run"]
-        assert main(["train", "runs/step_by_step.gin", "settings/facts.gin", *run, *gin]) == 0
-        assert main(["evaluate", *run]) == 0
-        assert main(["export", "--student", "out/run", "--output_dir", "out/student"]) == 0
-        yield directory, rows
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            with answering(answer) as url:
+                extract(url)
+            train_evaluate_and_export()
+        yield directory, rows, printed.getvalue()
     finally:
         patch.undo()
 
 
+def extract(url):
+    columns = [f"--{name}_column={column}" for name, column in COLUMNS.items()]
+    table = ["--dataset", "mine", "--input_file", "table.jsonl", *columns]
+    teacher = ["--teacher", "endpoint", "--base_url", url, "--model", "m", "--keep", "legal"]
+    assert main(["extract", *table, *teacher, "--output_dir", "out/records"]) == 0
+
+
+def train_evaluate_and_export():
+    run = ["--run_dir", "out/run"]
+    gin = [part for binding in GIN for part in ("--gin", binding)]
+    assert main(["train", "runs/step_by_step.gin", "settings/facts.gin", *run, *gin]) == 0
+    assert main(["evaluate", *run]) == 0
+    assert main(["export", "--student", "out/run", "--output_dir", "out/student"]) == 0
+
+
 def test_records_hold_what_the_table_and_the_teacher_said(job):
-    directory, rows = job
+    directory, rows, _ = job
     examples = list(read_examples(directory / "work/out/records/records.jsonl"))
     assert [(e.id, e.input, e.label, e.split) for e in examples] == [
         (row["id"], row["q"], row["a"], row["part"]) for row in rows
@@ -117,7 +134,7 @@ def test_records_hold_what_the_table_and_the_teacher_said(job):
 
 
 def test_predictions_hold_the_problems_as_they_were(job):
-    directory, rows = job
+    directory, rows, _ = job
     found = list(read_predictions(directory / "work/out/run/evaluations/2/predictions.jsonl"))
     expected = {row["id"]: (row["q"], row["a"]) for row in rows if row["part"] != "train"}
     assert {p.id: (p.input, p.label) for p in found} == expected
@@ -125,16 +142,23 @@ def test_predictions_hold_the_problems_as_they_were(job):
 
 def test_nothing_was_obeyed(job):
     """No file but those of the job, and none named after a text."""
-    directory, _ = job
+    directory, _, printed = job
     assert {path.name for path in directory.iterdir()} == {"work", "home"}
     assert {path.name for path in (directory / "work").iterdir()} == {"table.jsonl", "out"}
     assert not Path("/tmp", SPRUNG).exists()
+    assert all(char.isprintable() or char in "\n\r\t" for char in printed)  # bars return
     for path in directory.rglob("*"):
         assert SPRUNG not in path.name and re.fullmatch(r"[\w.@=,+-]+", path.name), path
 
 
+def test_no_secret_was_written(job):
+    directory, _, printed = job
+    assert "***" in (directory / "work/out/records/completions.jsonl").read_text(encoding="utf-8")
+    assert_no_secret(directory, printed)
+
+
 def test_predict_answers_each_line_and_shows_no_control_characters(job, capsys, monkeypatch):
-    directory, rows = job
+    directory, rows, _ = job
     monkeypatch.chdir(directory / "work")
     inputs = [row["q"] for row in rows if len(row["q"]) < 1000]
     (directory / "inputs.jsonl").write_text(

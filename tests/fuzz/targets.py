@@ -5,8 +5,8 @@ reader refused them with an InputError; anything else that it raises is a fault 
 was read is compared with what another reader makes of the same bytes, or written and read again, so
 that a wrong row is a fault too.
 
-    python tests/fuzz/run.py --target read_examples --runs 100000   # by coverage (pip install atheris)
-    pytest tests/fuzz                                         # by mutation of the seeds
+    python tests/fuzz/run.py --target read_examples --runs 100000  # by coverage: atheris
+    pytest tests/fuzz                                             # by mutation of the seeds
 
 `seeds(name)` gives valid inputs, `mutate` changes one as a file gets damaged or forged.
 """
