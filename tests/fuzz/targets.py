@@ -127,7 +127,7 @@ def _written(rows) -> Callable[[Path], list[bytes]]:
 
 def _json_lines(data: bytes) -> list[dict]:
     text = data.decode("utf-8-sig")
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return [json.loads(line.strip()) for line in text.split("\n") if line.strip()]
 
 
 @target(_written(_examples))
