@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from dslt.teacher.store import CompletionStore
 
 pytest.importorskip("openai", reason="the openai library is not installed (extra `teacher`)")
 
+ROOT = Path(__file__).parents[1]
 COLUMNS = {"input": "q", "label": "a", "id": "id", "split": "part"}
 GIN = (
     "pipeline.DataConfig.records = ('out/records/records.jsonl',)",
@@ -181,7 +185,25 @@ def test_a_name_that_is_no_name_is_refused(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").write_text("q\nwhy\nhow\n")
     table = ["--input_file", "t.csv", "--input_column", "q", "--output_dir", "out"]
-    assert main(["extract", f"--dataset={name}", *table]) == 2
+    try:
+        assert main(["extract", f"--dataset={name}", *table]) == 2
+    except SystemExit as exit:  # an argument that is no text
+        assert exit.code == 2
     error = capsys.readouterr().err
     assert all(char.isprintable() or char == "\n" for char in error)
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_of_another_encoding_is_shown_escapes(encoding, tmp_path):
+    args = ["extract", "--dataset", "facts", "--teacher", "scripted", "--output_dir", "☃"]
+    sizes = ["--train", "5", "--validation", "2", "--test", "2"]
+    found = subprocess.run(
+        [sys.executable, "-m", "dslt.main", *args, *sizes],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=100,
+    )
+    assert found.returncode == 0, found.stderr
+    assert b"records: \\u2603/records.jsonl" in found.stdout
