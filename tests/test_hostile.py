@@ -111,6 +111,7 @@ def extract(url):
     columns = [f"--{name}_column={column}" for name, column in COLUMNS.items()]
     table = ["--dataset", "mine", "--input_file", "table.jsonl", *columns]
     teacher = ["--teacher", "endpoint", "--base_url", url, "--model", "m", "--keep", "legal"]
+    teacher += ["--name", "m\x1b[2J\u202e"]
     assert main(["extract", *table, *teacher, "--output_dir", "out/records"]) == 0
 
 

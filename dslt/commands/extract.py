@@ -209,7 +209,7 @@ def extract(args) -> int | None:
         if args.merge_from:
             shards.check_complete(questions, store, [example.id for example in examples])
         summary = extraction.write_extraction(examples, rows, questions, store, filters)
-    print(extraction.format_summary(summary, config.prices))
+    print(printable(extraction.format_summary(summary, config.prices)))
     if unanswered:
         print(
             f"{len(unanswered):,} questions have no answer; the same command "

@@ -187,7 +187,7 @@ class _Asker:
         self._failed_in_a_row = 0
         self._stop = asyncio.Event()
         self._stats = AskStats()
-        self._bar = _progress_bar(total, teacher.name)
+        self._bar = _progress_bar(total, printable(teacher.name, keep=""))
 
     async def run(self, requests: Iterator[Request]) -> AskStats:
         start = time.monotonic()
