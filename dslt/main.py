@@ -12,6 +12,7 @@ dslt report runs/facts --output_dir runs/facts/report
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -48,7 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     That is 0, 2 where the input cannot be used, or INTERRUPTED where a signal ended it early.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    for word in sys.argv[1:] if argv is None else argv:
+        if re.search("[\0\ud800-\udfff]", word):  # no file that is written could hold it
+            parser.error(f"argument {word!r} is not UTF-8")
+    args = parser.parse_args(argv)
+    if argv is None:  # a terminal of another encoding is shown escapes
+        sys.stdout.reconfigure(errors="backslashreplace")
     if argv is None and args.command in COMPUTING:
         ask_for_huge_pages()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow looks for GPUs, and says so

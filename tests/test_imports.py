@@ -17,12 +17,13 @@ ROOT = Path(__file__).parents[1]
 # What of dslt a wing (a package, or a module at the top) may import. The root package, which holds
 # the version alone, and OPEN are open to all; None joins everything.
 # Stages are handed batches, and never see SeqIO.
-OPEN = ("errors", "files", "strict_json")
+OPEN = ("errors", "files", "strict_json", "terminal")
 STAGE = ("core", "checkpoint", "workdir", "metrics", "records", "distributed", "signals")
 MAY_IMPORT = {
     "errors": (),
     "files": (),
     "strict_json": (),
+    "terminal": (),
     "records": (),
     "metrics": (),
     "workdir": ("records", "metrics"),
@@ -51,6 +52,7 @@ MAY_INSTALL = {
     "files": (),
     "signals": (),
     "strict_json": (),
+    "terminal": (),
     "records": ("numpy",),
     "metrics": ("numpy",),
     "workdir": ("numpy", "tensorboardX"),

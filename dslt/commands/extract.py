@@ -7,6 +7,7 @@ from dslt import strict_json
 from dslt.commands.arguments import add_command, fields_of, positive, require
 from dslt.errors import InputError
 from dslt.signals import INTERRUPTED
+from dslt.terminal import printable
 
 # What an entry of a --teachers file may say; what it leaves out is as the flags have it.
 TEACHER_FIELDS = (
@@ -175,7 +176,7 @@ def extract(args) -> int | None:
         if has_store(args.output_dir):
             with CompletionStore(args.output_dir) as store:
                 questions = extraction.pending(questions, store)
-        print(estimate.describe_run(examples, questions, config.prices))
+        print(printable(estimate.describe_run(examples, questions, config.prices)))
         return 0
     is_silent = args.offline or args.merge_from or args.write_batch or args.read_batch
     with CompletionStore(args.output_dir) as store:
@@ -208,7 +209,7 @@ def extract(args) -> int | None:
         if args.merge_from:
             shards.check_complete(questions, store, [example.id for example in examples])
         summary = extraction.write_extraction(examples, rows, questions, store, filters)
-    print(extraction.format_summary(summary, config.prices))
+    print(printable(extraction.format_summary(summary, config.prices)))
     if unanswered:
         print(
             f"{len(unanswered):,} questions have no answer; the same command "

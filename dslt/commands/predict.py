@@ -9,6 +9,7 @@ from dslt.commands.arguments import add_command, add_student_flag, fields_of, po
 from dslt.commands.evaluate import make_answer_sets
 from dslt.commands.students import answer_reader, student_files
 from dslt.errors import InputError
+from dslt.terminal import printable
 
 STRATEGY_FLAGS = {  # what says nothing to another strategy
     "sample": ("temperature", "top_k", "top_p", "seed"),
@@ -122,7 +123,8 @@ def predict(args) -> None:
         if args.format == "jsonl":
             print(json.dumps(row, ensure_ascii=False))
         else:
-            print("\n".join(f"{name:<17} {text}" for name, text in row.items()), end="\n\n")
+            lines = (f"{name:<17} {printable(str(text), keep='')}" for name, text in row.items())
+            print("\n".join(lines), end="\n\n")
 
 
 def read_inputs(path: str, split: str | None) -> list[dict[str, str]]:

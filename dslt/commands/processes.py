@@ -5,6 +5,7 @@ import sys
 
 from dslt.commands.arguments import positive
 from dslt.errors import InputError
+from dslt.terminal import printable
 
 # Flags that may be left to the environment, so that the command is the same on every worker.
 PROCESS_VARIABLES = {
@@ -68,5 +69,5 @@ def fail(args, message: str, status: int) -> int:
 
         distributed.fail(message, status)
     if message:
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
     return status

@@ -14,6 +14,7 @@ import email.utils
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from dslt.errors import InputError
 from dslt.teacher.questions import EndpointTeacher, Request
 from dslt.teacher.responses import parse_response
 from dslt.teacher.store import Answer, CompletionStore
+from dslt.terminal import printable
 
 FIRST_WAIT_SECS = 0.5  # before the second attempt; doubled with each, and drawn from its half up
 LONGEST_WAIT_SECS = 60.0
@@ -143,12 +145,17 @@ def ask(
 
 def read_key(teacher: EndpointTeacher) -> str:
     """The endpoint's key, from the environment; raises InputError where one is needed."""
-    _check_base_url(teacher.base_url)
+    _check_base_url(teacher.base_url or os.environ.get("OPENAI_BASE_URL") or None)
     key = os.environ.get(teacher.api_key_env, "").strip()
     if not key and teacher.base_url is None and not os.environ.get("OPENAI_BASE_URL"):
         raise InputError(
             f"the environment variable {teacher.api_key_env} is not set; expected the endpoint's "
             "key in it (or --base_url of an endpoint that needs none)"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(
+            f"the environment variable {teacher.api_key_env} holds characters that no HTTP header "
+            "can carry; expected a key of letters, digits and signs"
         )
     return key or "none"
 
@@ -180,7 +187,7 @@ class _Asker:
         self._failed_in_a_row = 0
         self._stop = asyncio.Event()
         self._stats = AskStats()
-        self._bar = _progress_bar(total, teacher.name)
+        self._bar = _progress_bar(total, printable(teacher.name, keep=""))
 
     async def run(self, requests: Iterator[Request]) -> AskStats:
         start = time.monotonic()
@@ -285,7 +292,8 @@ class _Asker:
 
     def _judge(self, error) -> Exception:
         """What a status of 400 and above means."""
-        status, message = error.status_code, self._hide_key(_message_of(error))
+        status = error.status_code
+        message = printable(self._hide_key(_message_of(error))[:300], keep="")
         if status == 429 and "insufficient_quota" in str(error.body):
             return InputError(f"the endpoint says that the quota is used up: {message}")
         if status in TRANSIENT or status >= 500:
@@ -309,7 +317,7 @@ class _Asker:
         for key, answer in zip(keys, answers, strict=False):
             texts = {
                 name: self._hide_key(text)
-                for name in ("text", "model", "reasoning")
+                for name in ("text", "model", "reasoning", "finish_reason")
                 if (text := getattr(answer, name))
             }
             self._store.add_answer(key, dataclasses.replace(answer, **texts))
@@ -381,22 +389,26 @@ def parse_retry_after(headers: Mapping[str, str], now: float | None = None) -> f
 
 
 def _message_of(error) -> str:
-    """The endpoint's own words on one line, cut to what a list can hold."""
-    return " ".join(str(getattr(error, "message", error)).split())[:300]
+    """The endpoint's own words on one line."""
+    return " ".join(str(getattr(error, "message", error)).split())
 
 
 def _check_base_url(base_url: str | None) -> None:
     if base_url is None:
         return
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise InputError(
-            f"base_url is {base_url!r}; expected an address such as http://localhost:8000/v1"
-        )
-    if parts.username or parts.password or parts.query:
+    if re.search(r"[@?#]", base_url):  # first, so that no message shows what it may hold
         raise InputError(
             "base_url holds a user, a password or a query; a key belongs into the environment "
             "alone, in the variable that --api_key_env names"
+        )
+    try:
+        parts = urlsplit(base_url)
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of brackets and ports
+        is_address = False
+    if not is_address:
+        raise InputError(
+            f"base_url is {base_url!r}; expected an address such as http://localhost:8000/v1"
         )
 
 
