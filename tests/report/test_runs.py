@@ -141,3 +141,11 @@ def test_numbers_that_are_none_are_left_out(tmp_path):
         file.write('{"step": 200, "label_loss": NaN, "loss": "high", "rationale_loss": Infinity}\n')
     run = read_run(path, "run")
     assert run.problems == () and run.metrics[-1] == {"step": 200}
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out_without_a_word(tmp_path):
+    path = make_run(tmp_path / "run")
+    whole = read_run(path, "run").metrics
+    cut_last_line(path / "metrics.jsonl")
+    run = read_run(path, "run")
+    assert run.problems == () and run.metrics == whole[:-1]

@@ -157,26 +157,27 @@ function startBrowser({ strings, problems, runs }) {
       const heading = document.createElement("h3");
       heading.textContent = title;
       parts.push(heading);
-      for (const [string, name] of paragraphs) {
+      for (const [string, name, missing = "none"] of paragraphs) {
         const paragraph = document.createElement("p");
-        paragraph.textContent = string ?? "none";
+        paragraph.textContent = string ?? missing;
         paragraph.className = string === null ? "none" : name;
         parts.push(paragraph);
       }
     };
     const answer = (string, right) =>
-      [string === null ? null : `${string} ${mark(right)}`, `answer ${tone(right)}`];
+      [string === null ? null : `${string} ${mark(right)}`, `answer ${tone(right)}`, "no answer"];
+    const rationale = (index) => [text(index), "", "no rationale"];
     if (shown.length) {
       const run = chosen(), row = shown[selected], problem = run.problem[row], there = otherRow(row);
       const place = ["dataset", "split", "id"].map((name) => text(problems[name][problem])).join(" · ");
       part(place, [text(problems.input[problem]), "problem"]);
       part("Gold", [text(problems.gold[problem]), "answer"]);
       part("Teacher", answer(text(run.teacher_answer[row]), run.teacher_right[row]),
-        [text(run.teacher_rationale[row]), ""]);
-      part(`Student: ${run.title}`, answer(text(run.answer[row]), run.right[row]), [text(run.rationale[row]), ""]);
+        rationale(run.teacher_rationale[row]));
+      part(`Student: ${run.title}`, answer(text(run.answer[row]), run.right[row]), rationale(run.rationale[row]));
       if (there !== undefined)
         part(`Beside it: ${other().title}`, answer(text(other().answer[there]), other().right[there]),
-          [text(other().rationale[there]), ""]);
+          rationale(other().rationale[there]));
     }
     $("detail").replaceChildren(...parts);
     $("detail").scrollTop = 0;
