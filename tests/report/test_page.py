@@ -150,7 +150,7 @@ def make_hostile_runs(path: Path) -> Path:
     for number in range(2):
         experiment = {
             "method": f"=1+1{HOSTILE}", "fraction": 0.5 + number / 2, "model": f"{HOSTILE}$\\frac",
-            "seed": HOSTILE, f"{HOSTILE}": f"|{number}\n# x", "lone": "\ud800",
+            "seed": HOSTILE, f"{HOSTILE}": f"|{number}\n# x", "lone": "\ud800\x1b[2J\0",
         }  # fmt: skip
         run = make_run(path / f"<b>{number}&amp;", rows, experiment=experiment)
         info = json.loads((run / "run.json").read_text())
