@@ -121,11 +121,12 @@ function startBrowser({ strings, problems, runs }) {
     element.setAttribute("aria-selected", place === selected);
     const cells = [mark(run.right[row]), text(problems.input[problem]), text(problems.gold[problem]),
       text(run.teacher_answer[row]), text(run.answer[row])];
-    if (other()) cells.push(there === undefined ? null : text(other().answer[there]));
+    if (other()) cells.push(there === undefined ? null : `${mark(other().right[there])} ${text(other().answer[there])}`);
     fill(element, cells);
     element.children[0].className = tone(run.right[row]);
     element.children[0].setAttribute("aria-label", tone(run.right[row]));
-    if (there !== undefined) element.children[5].classList.add(tone(other().right[there]) || "none");
+    if (tone(run.right[row])) element.children[4].classList.add(tone(run.right[row]));
+    if (there !== undefined && tone(other().right[there])) element.children[5].classList.add(tone(other().right[there]));
     element.addEventListener("click", () => move(place));
     return element;
   }
