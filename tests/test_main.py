@@ -1,5 +1,6 @@
 """The whole job through the command line, on a student that trains in seconds."""
 
+import csv
 import json
 import os
 import shutil
@@ -100,8 +101,23 @@ def test_evaluation_judges_every_checkpoint_and_keeps_the_best_on_validation(run
     held_out = [e for e in read_examples(records) if e.split != "train"]
     assert sorted(p.id for p in predictions) == sorted(e.id for e in held_out)
     assert all(p.rationale is not None and p.is_correct is not None for p in predictions)
+    assert {p.id: p.teacher_rationale for p in predictions} == {e.id: e.rationale for e in held_out}
     hits = [p.is_correct for p in predictions if p.split == "validation"]
     assert rows[0]["validation/accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_a_report_is_made_from_the_runs_directory_alone(run, tmp_path, capsys):
+    pytest.importorskip("sacrebleu", reason="needs '.[report]'")
+    assert main(["report", str(run.path), "--output_dir", str(tmp_path)]) == 0
+    assert "left out" not in capsys.readouterr().out
+    best = max(read_json_rows(run.evaluations), key=lambda row: row["validation/accuracy"])
+    with (tmp_path / "groups.csv").open(newline="") as file:
+        [row] = csv.DictReader(file)
+    assert float(row["test_accuracy"]) == pytest.approx(best["test/accuracy"])
+    assert row["method"] == "step-by-step" and 0 < float(row["teacher_accuracy"]) < 1
+    with (tmp_path / "rationales.csv").open(newline="") as file:
+        [row] = csv.DictReader(file)
+    assert row["rationales"] == "12" and float(row["teacher's words"]) > 5
 
 
 def test_evaluating_again_adds_nothing(run, capsys):

@@ -78,33 +78,35 @@ def curve_figures(
         in_order, lambda run: (run.datasets, run.settings["model"], run.settings["fraction"])
     )
     for number, ((dataset, model, fraction), members) in enumerate(by_setting.items()):
-        panels = []
-        for source, key, label, factor in _CURVES:
-            drawn = []
-            for run in members:
-                rows = [row for row in getattr(run, source) if key in row]
-                if rows:
-                    x, y = thin_out([row["step"] for row in rows], [row[key] for row in rows])
-                    drawn.append((lines[run.name], Line(styles[lines[run.name]], x, factor * y)))
-            if drawn:
-                svg = line_panel(
-                    [line for _, line in drawn],
-                    name=f"curve-{number}-{len(panels)}", x_label="step", thin=True,
-                )  # fmt: skip
-                ends = grouped(drawn, lambda pair: pair[0])
-                said = "; ".join(
-                    f"{name} ends at {', '.join(f'{line.y[-1]:.3g}' for _, line in pairs)}"
-                    for name, pairs in ends.items()
-                )
-                panels.append(Panel(label, f"{label}, by step. {said}.", svg))
+        panels = [
+            _curve_panel(members, lines, styles, curve, f"curve-{number}-{i}")
+            for i, curve in enumerate(_CURVES)
+        ]
         names = dict.fromkeys(lines[run.name] for run in members)
-        if panels:
-            figures.append(Figure(
-                f"{dataset}, {model}, {share_text(fraction)} of the data",
-                tuple((name, plain_swatch(styles[name])) for name in names),
-                tuple(panels),
-            ))  # fmt: skip
+        legend = tuple((name, plain_swatch(styles[name])) for name in names)
+        title = f"{dataset}, {model}, {share_text(fraction)} of the data"
+        if any(panels):
+            figures.append(Figure(title, legend, tuple(filter(None, panels))))
     return figures
+
+
+def _curve_panel(runs: Sequence[Run], lines, styles, curve: tuple, name: str) -> Panel | None:
+    """One of _CURVES for all runs that have it."""
+    source, key, label, factor = curve
+    drawn = []
+    for run in runs:
+        rows = [row for row in getattr(run, source) if key in row]
+        if rows:
+            x, y = thin_out([row["step"] for row in rows], [row[key] for row in rows])
+            drawn.append((lines[run.name], Line(styles[lines[run.name]], x, factor * y)))
+    if not drawn:
+        return None
+    ends = [
+        f"{line} ends at {', '.join(f'{run.y[-1]:.3g}' for _, run in pairs)}"
+        for line, pairs in grouped(drawn, lambda pair: pair[0]).items()
+    ]
+    svg = line_panel([line for _, line in drawn], name=name, x_label="step", thin=True)
+    return Panel(label, f"{label}, by step. {'; '.join(ends)}.", svg)
 
 
 def count_text(number: float) -> str:

@@ -106,7 +106,7 @@ def make_report(
 
 def findings(groups: Sequence[Group], reference: str | None) -> list[str]:
     """For each dataset the best group beside the teacher, and with how little data another line is
-    as good as the reference's largest model on all data."""
+    as good as the reference's largest model on all data, unless the reference is so itself."""
     sentences = []
     for dataset, block in compare.grouped(groups, lambda g: g.dataset).items():
         best = max(block, key=lambda g: g.mean)
@@ -119,9 +119,11 @@ def findings(groups: Sequence[Group], reference: str | None) -> list[str]:
         if not full:
             continue
         goal = full[-1]  # sorted by model size
-        others = [g for g in block if g.line != reference and g.model == goal.model]
-        found = compare.reaches([g for g in others if g.fraction < 1], goal.mean)
-        if found:
+        same_model = [g for g in block if g.model == goal.model]
+        others = [g for g in same_model if g.line != reference and g.fraction < 1]
+        found = compare.reaches(others, goal.mean)
+        own = compare.reaches([g for g in same_model if g.line == reference], goal.mean)
+        if found and found.fraction < own.fraction:
             sentences.append(
                 f"{dataset}: {tables.share_text(found.fraction)} of the data is enough for "
                 f"{found.line} ({tables.mean_text(found)} %) to reach {reference} on all of it "

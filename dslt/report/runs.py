@@ -9,7 +9,6 @@ the report, everything that keeps a run out of the comparison is a sentence in i
 import ast
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,9 @@ EXPERIMENT = "experiment.json"
 # Any of these makes a directory a run's.
 RUN_FILES = (EXPERIMENT, "run.json", "config.gin", "metrics.jsonl", "evaluations.jsonl")
 MAX_PROBLEM_CHARACTERS = 300
+MAX_NUMBER = 10**15  # larger ones are no counts, losses or rates, and overflow in a picture's axes
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BINDING = re.compile(r"^([\w.]+) = (.*(?:\n[ \t]+.*)*)", re.M)
 
 
@@ -174,7 +175,7 @@ def read_config(path: Path) -> dict:
 
 
 def read_numbers(path: Path, problems: list[str]) -> list[dict[str, float]]:
-    """Rows of a JSONL file, of each its finite numbers; a row needs a `step` above 0.
+    """Rows of a JSONL file, of each its numbers up to MAX_NUMBER; a row needs a `step` above 0.
 
     A last line without its newline was cut off by a kill and is left out.
     """
@@ -204,8 +205,9 @@ def read_numbers(path: Path, problems: list[str]) -> list[dict[str, float]]:
 
 
 def printable(text: str) -> str:
-    """Text that UTF-8 can hold: half surrogate pairs, also of file names, become `?`."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    """Text that UTF-8 can hold and no terminal obeys: half surrogate pairs, also those of file
+    names, become `?`, and control characters `\ufffd`."""
+    return _CONTROL.sub("\ufffd", text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _check_progress(info, config, evaluations, best, problems: list[str]) -> None:
@@ -213,9 +215,10 @@ def _check_progress(info, config, evaluations, best, problems: list[str]) -> Non
     state, num_steps = info.get("state"), config.get("train.TrainConfig.num_steps")
     judged = int(evaluations[-1]["step"]) if evaluations else 0
     if info and state != "finished":
+        state = printable(str(state))
         said = {"running": "is still training, or was killed", "stopped": "was stopped"}
         problems.append(
-            f"unfinished: {said.get(state, f'state is {printable(str(state))!r}')}; the same "
+            f"unfinished: {said.get(state, f'state is {state!r}')}; the same "
             "`dslt train` resumes it"
         )
     elif info and not evaluations:
@@ -284,13 +287,10 @@ def _read_object(path: Path, problems: list[str], why_missing: str = "") -> dict
 
 
 def _is_number(value) -> bool:
-    """Whether it is a finite number that a float can hold."""
+    """Whether it is a number that a run can have measured; what is not finite is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+    return -MAX_NUMBER <= value <= MAX_NUMBER
 
 
 def _shorten(error) -> str:

@@ -40,9 +40,10 @@ def accuracy_table(groups: Sequence[Group]) -> Table:
             seeds = sorted({len(group.results) for group in members})
             seeds_text = "–".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
             rows.append((dataset, model, line, seeds_text, *(cells.get(f) for f in fractions)))
-        teacher = {group.fraction: percent(group.teacher) for group in block}
-        if any(teacher.values()):
-            rows.append((dataset, model, "the teacher", None, *(teacher.get(f) for f in fractions)))
+        for teacher in sorted({group.teacher for group in block} - {None}):  # several may differ
+            taught = {group.fraction for group in block if group.teacher == teacher}
+            cells = (percent(teacher) if f in taught else None for f in fractions)
+            rows.append((dataset, model, "the teacher", None, *cells))
     return Table(
         "accuracy",
         "Test accuracy in %, mean ± standard error over seeds, by share of the training data",

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import html.parser
 import json
 import re
@@ -150,7 +151,7 @@ def make_hostile_runs(path: Path) -> Path:
     for number in range(2):
         experiment = {
             "method": f"=1+1{HOSTILE}", "fraction": 0.5 + number / 2, "model": f"{HOSTILE}$\\frac",
-            "seed": HOSTILE, f"{HOSTILE}": f"|{number}\n# x", "lone": "\ud800",
+            "seed": HOSTILE, f"{HOSTILE}": f"|{number}\n# x", "lone": "\ud800\x1b[2J\0",
         }  # fmt: skip
         run = make_run(path / f"<b>{number}&amp;", rows, experiment=experiment)
         info = json.loads((run / "run.json").read_text())
@@ -234,3 +235,16 @@ def test_small_numbers_read_well():
     assert [tables.p_text(p) for p in (None, 0.0004, 0.0312)] == [None, "< 0.001", "0.031"]
     assert (tables.percent(-0.0123, "+"), tables.percent(0.7)) == ("−1.2", "70.0")
     assert [tables.share_text(f) for f in (0.125, 1.0, 1 / 3)] == ["12.5 %", "100 %", "33.33 %"]
+
+
+def test_each_teacher_has_its_row_and_its_level(tmp_path):
+    rows = make_rows(0, 0.5)
+    other = [dataclasses.replace(p, teacher_label=p.label) for p in rows]
+    for name, of in (("a", rows), ("b", other)):
+        experiment = {"method": "step_by_step", "fraction": 1.0, "seed": 0, "teacher": name}
+        make_run(tmp_path / "runs" / name, of, experiment=experiment)
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    assert [row[2:] for row in report.tables["accuracy"].rows] == [
+        ("step-by-step, teacher a", "1", "55.0"), ("step-by-step, teacher b", "1", "55.0"),
+        ("the teacher", None, "70.0"), ("the teacher", None, "100.0"),
+    ]  # fmt: skip

@@ -46,6 +46,7 @@ BREAKAGES = {
     "unfinished: was stopped": lambda run: change_info(run, state="stopped"),
     "unfinished: state is 'None'": lambda run: change_info(run, state=None),
     "unfinished: state is '??'": lambda run: change_info(run, state="\ud800?"),
+    "unfinished: state is '{}'": lambda run: change_info(run, state={}),
     "run.json is missing": lambda run: (run / "run.json").unlink(),
     "run.json: expected a JSON object": lambda run: (run / "run.json").write_text("[1]"),
     "run.json: cannot be read as JSON": lambda run: (run / "run.json").write_bytes(b"\xff{"),
@@ -138,6 +139,15 @@ def test_the_best_row_is_chosen_by_validation_alone():
 def test_numbers_that_are_none_are_left_out(tmp_path):
     path = make_run(tmp_path / "run", make_rows(0, 0.5))
     with (path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 200, "label_loss": NaN, "loss": "high", "rationale_loss": Infinity}\n')
+        file.write('{"step": 200, "label_loss": NaN, "loss": "high", "rationale_loss": Infinity,')
+        file.write(f'"label_accuracy": 1e300, "examples_per_sec": {10**400}}}\n')
     run = read_run(path, "run")
     assert run.problems == () and run.metrics[-1] == {"step": 200}
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out_without_a_word(tmp_path):
+    path = make_run(tmp_path / "run")
+    whole = read_run(path, "run").metrics
+    cut_last_line(path / "metrics.jsonl")
+    run = read_run(path, "run")
+    assert run.problems == () and run.metrics == whole[:-1]

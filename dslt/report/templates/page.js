@@ -121,11 +121,12 @@ function startBrowser({ strings, problems, runs }) {
     element.setAttribute("aria-selected", place === selected);
     const cells = [mark(run.right[row]), text(problems.input[problem]), text(problems.gold[problem]),
       text(run.teacher_answer[row]), text(run.answer[row])];
-    if (other()) cells.push(there === undefined ? null : text(other().answer[there]));
+    if (other()) cells.push(there === undefined ? null : `${mark(other().right[there])} ${text(other().answer[there])}`);
     fill(element, cells);
     element.children[0].className = tone(run.right[row]);
     element.children[0].setAttribute("aria-label", tone(run.right[row]));
-    if (there !== undefined) element.children[5].classList.add(tone(other().right[there]) || "none");
+    if (tone(run.right[row])) element.children[4].classList.add(tone(run.right[row]));
+    if (there !== undefined && tone(other().right[there])) element.children[5].classList.add(tone(other().right[there]));
     element.addEventListener("click", () => move(place));
     return element;
   }
@@ -157,26 +158,27 @@ function startBrowser({ strings, problems, runs }) {
       const heading = document.createElement("h3");
       heading.textContent = title;
       parts.push(heading);
-      for (const [string, name] of paragraphs) {
+      for (const [string, name, missing = "none"] of paragraphs) {
         const paragraph = document.createElement("p");
-        paragraph.textContent = string ?? "none";
+        paragraph.textContent = string ?? missing;
         paragraph.className = string === null ? "none" : name;
         parts.push(paragraph);
       }
     };
     const answer = (string, right) =>
-      [string === null ? null : `${string} ${mark(right)}`, `answer ${tone(right)}`];
+      [string === null ? null : `${string} ${mark(right)}`, `answer ${tone(right)}`, "no answer"];
+    const rationale = (index) => [text(index), "", "no rationale"];
     if (shown.length) {
       const run = chosen(), row = shown[selected], problem = run.problem[row], there = otherRow(row);
       const place = ["dataset", "split", "id"].map((name) => text(problems[name][problem])).join(" · ");
       part(place, [text(problems.input[problem]), "problem"]);
       part("Gold", [text(problems.gold[problem]), "answer"]);
       part("Teacher", answer(text(run.teacher_answer[row]), run.teacher_right[row]),
-        [text(run.teacher_rationale[row]), ""]);
-      part(`Student: ${run.title}`, answer(text(run.answer[row]), run.right[row]), [text(run.rationale[row]), ""]);
+        rationale(run.teacher_rationale[row]));
+      part(`Student: ${run.title}`, answer(text(run.answer[row]), run.right[row]), rationale(run.rationale[row]));
       if (there !== undefined)
         part(`Beside it: ${other().title}`, answer(text(other().answer[there]), other().right[there]),
-          [text(other().rationale[there]), ""]);
+          rationale(other().rationale[there]));
     }
     $("detail").replaceChildren(...parts);
     $("detail").scrollTop = 0;
