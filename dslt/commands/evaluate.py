@@ -30,7 +30,7 @@ def evaluate(args) -> None:
         print(judge.describe(judge.rescore(Path(args.predictions))))
         return
     from dslt import config, distributed
-    from dslt.data.pipeline import count_splits, eval_inputs
+    from dslt.data.pipeline import read_eval_inputs
     from dslt.data.vocabulary import load_vocabulary
     from dslt.workdir import RunDir
 
@@ -42,16 +42,11 @@ def evaluate(args) -> None:
         raise InputError(f"{run.path}: has no config.gin; expected a directory of `dslt train`")
     configs = config.parse([str(run.config)], args.gin)
     vocabulary = load_vocabulary(run.vocabulary)
-    counts = count_splits(configs.data)
-    splits = [split for split in configs.evaluate.splits if counts[split]]
+    found = read_eval_inputs(configs.data, configs.evaluate.splits, vocabulary)
     for split in configs.evaluate.splits:
-        if split not in splits:
+        if split not in found:
             print(f"warning: no example is in split {split!r}")
-    examples = [
-        example
-        for split in splits or configs.evaluate.splits
-        for example in eval_inputs(configs.data, split, vocabulary)
-    ]
+    examples = [example for split in found.values() for example in split]
     truncated = sum(example.is_truncated for example in examples)
     if truncated:
         print(f"warning: {truncated} of {len(examples)} inputs are cut to max_input_length")
