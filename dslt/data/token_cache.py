@@ -411,7 +411,7 @@ def _open_or_build(cache_dir: Path, name: str, build: Callable[[Path], None]) ->
 
 
 def _sweep(cache_dir: Path) -> None:
-    """Removes what killed builders have left: `.NAME~HOST~…` whose lock nobody holds.
+    """Removes what killed builders have left: `.NAME~HOST~…` whose lock nobody holds, and locks.
 
     A lock may hold on one host alone, so what another host has left must be a day old, too.
     """
@@ -424,6 +424,9 @@ def _sweep(cache_dir: Path) -> None:
             age_secs = time.time() - partial.stat().st_mtime
             if is_ours and (host == socket.gethostname() or age_secs > LEFT_SECS):
                 shutil.rmtree(partial)
+    for path in cache_dir.glob(".*.lock"):
+        with _lock(path, wait=False):
+            pass  # its file goes with it
 
 
 def _lock_path(cache_dir: Path, name: str) -> Path:

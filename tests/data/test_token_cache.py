@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import crash_build
 import numpy as np
 import pytest
 
@@ -244,3 +245,9 @@ def test_threads_may_open_one_cache_at_once(tmp_path, records_path):
 def test_missing_records_are_the_users_to_mend(tmp_path):
     with pytest.raises(InputError, match=r"nothing\.jsonl: cannot be read"):
         open_index(tmp_path, tmp_path / "nothing.jsonl")
+
+
+def test_builders_killed_at_random_moments_leave_a_whole_cache_and_nothing_else(tmp_path):
+    """A share of `python tests/data/crash_build.py`."""
+    counts = crash_build.crash(tmp_path, kills=3)
+    assert counts["killed"] >= 3
