@@ -147,6 +147,12 @@ def test_an_array_that_can_be_read_but_is_another_is_damage(directory):
         assert manager.find_damage(3).endswith(said)
 
 
+def test_a_checkpoint_under_another_steps_name_is_damage(directory):
+    (directory / "3").rename(directory / "7")
+    with CheckpointManager(directory, read_only=True) as manager:
+        assert manager.find_damage(7).endswith("checkpoints/7: is damaged: it is of step 3")
+
+
 def test_each_process_reads_its_share(directory, monkeypatch):
     read = []
 
