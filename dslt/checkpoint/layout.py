@@ -58,6 +58,9 @@ class Layout:
                 f"{where}: the model's fields {unknown} are unknown to this version of dslt, "
                 f"{__version__}. Use dslt {writer}"
             )
+        wrong = {name: value for name, value in model.items() if not _fits(name, value)}
+        if wrong:
+            raise InputError(f"{where}: the model's fields {wrong} are no values of T5Config's")
         values = {name: found[name] for name in fields & found.keys()}
         return cls(**values | {"model": T5Config(**model)})
 
@@ -75,3 +78,11 @@ class Layout:
             for name, value in sides[0].items()
             if value != sides[1][name]
         ]
+
+
+def _fits(name: str, value) -> bool:
+    """Whether a value out of JSON is of the type of T5Config's field."""
+    default = getattr(T5Config, name)
+    if default is None or isinstance(default, float):  # an optional rate, a rate
+        return type(value) in (float, int) or (default is None and value is None)
+    return type(value) is type(default)

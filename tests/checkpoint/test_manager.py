@@ -122,6 +122,14 @@ def test_a_later_versions_fields_are_refused_with_its_name(directory):
         Layout.from_json(found, directory)
 
 
+@pytest.mark.parametrize("value", ["16", None, 1.5, True, [16]])
+def test_a_models_field_of_another_type_is_refused(value, directory):
+    found = Layout(CONFIG).to_json()
+    found["model"]["d_model"] = value
+    with pytest.raises(InputError, match=r"the model's fields \{'d_model': .*\} are no values"):
+        Layout.from_json(found, directory)
+
+
 def test_damage_is_noticed_whatever_its_place(tmp_path):
     """A share of the faults of `python tests/checkpoint/fault_injection.py`."""
     counts = fault_injection.inject(tmp_path, flips=1, every=17)
