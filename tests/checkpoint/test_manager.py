@@ -209,14 +209,28 @@ def test_a_checkpoint_without_optimizer_state_is_not_resumed(tmp_path):
             manager.find_damage(1)
 
 
-def test_a_store_that_cannot_be_reached_now_is_no_damage(directory, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    ],
+)
+def test_a_store_that_cannot_be_reached_now_is_no_damage(error, directory, monkeypatch):
     def refuse(*_, **__):
-        raise ValueError("PERMISSION_DENIED: Error reading bucket")
+        raise error
 
     monkeypatch.setattr(integrity, "_read_arrays", refuse)
     with (
         CheckpointManager(directory, read_only=True) as manager,
-        pytest.raises(ValueError, match="PERMISSION_DENIED"),
+        pytest.raises(type(error)) as caught,
+    ):
+        manager.find_damage(3)
+    assert caught.value is error
+    error = ValueError("UNAVAILABLE: Error reading bucket")
+    with (
+        CheckpointManager(directory, read_only=True) as manager,
+        pytest.raises(InputError, match="cannot be read now, so whether it is whole is not known"),
     ):
         manager.find_damage(3)
 
