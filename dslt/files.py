@@ -32,7 +32,9 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise full_disk_error(path, error) or error from None
+        if full := full_disk_error(path, error):
+            raise full from None
+        raise
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -57,6 +59,8 @@ def full_disk_error(path: str | os.PathLike, error: BaseException) -> InputError
 
     Libraries wrap it in errors of their own, so its text counts too.
     """
+    if isinstance(error, InputError):  # says already what it is
+        return None
     while not _is_full(error):
         error = error.__cause__ or error.__context__
         if error is None:

@@ -8,7 +8,6 @@ Imports core, checkpoint, workdir and records. It is handed batches and never se
 import collections
 import dataclasses
 import itertools
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -345,9 +344,9 @@ def newest_whole(manager: CheckpointManager, steps: Sequence[int]) -> int:
             + "\n  ".join(damaged.values())
         )
     for other, damage in damaged.items():
-        print(f"warning: {damage}", file=sys.stderr)
+        print(f"warning: {damage}")
         where = distributed.share(str(manager.set_aside(other)) if distributed.is_main() else None)
-        print(f"warning: set aside as {where}; taking the checkpoint before it", file=sys.stderr)
+        print(f"warning: set aside as {where}; taking the checkpoint before it")
     manager.steps()  # all see what is left
     return step
 

@@ -13,6 +13,7 @@ May import the standard library, numpy and tensorboardX (no TensorFlow, no JAX).
     RUN/evaluations.jsonl   a row each evaluated checkpoint
     RUN/evaluations/STEP/   predictions.jsonl and metrics.json
     RUN/best/               parameters of the best checkpoint on validation
+    RUN/damaged/            checkpoints that could not be read, set aside; nothing reads them
 """
 
 import contextlib

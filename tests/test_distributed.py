@@ -22,6 +22,7 @@ import pytest
 
 from dslt import config, distributed
 from dslt.checkpoint import student
+from dslt.checkpoint.integrity import checksum
 from dslt.checkpoint.manager import finished_steps
 from dslt.commands.processes import start_processes
 from dslt.commands.train import open_train_stream
@@ -247,7 +248,17 @@ def two_of_two(base, records, one):
 
 @pytest.fixture(scope="module")
 def four(base, records, two):
-    """Four processes go on with the run of two, and evaluate its end."""
+    """Four processes go on with the run of two, whose newest checkpoint is damaged by then, and
+    evaluate its end. One array is another: the process that reads it must tell the others.
+    """
+    checkpoints = RunDir(base / "run").checkpoints
+    damaged = checkpoints / str(STOP_STEP + 1)
+    shutil.copytree(checkpoints / str(STOP_STEP), damaged)
+    content = json.loads((damaged / "layout" / "metadata").read_text())
+    content["step"] += 1
+    content["digests"]["params"]["encoder/final_norm/scale"] = "00000000"
+    content["checksum"] = checksum(content)
+    (damaged / "layout" / "metadata").write_text(json.dumps(content))
     commands = [
         train_args(records, base / "run", FSDP),
         ["evaluate", "--run_dir", str(base / "run"), *gin_args(HOW[NUM_STEPS])],
@@ -332,6 +343,7 @@ def test_a_stopped_run_ends_on_other_processes_as_an_undisturbed_one(base, one, 
     """Over two processes fsdp splits rows and parameters; over four data splits the rows too."""
     assert [statuses(process) for process in four] == [[0, 0]] * 4
     assert f"Resuming {base / 'run' / 'checkpoints'} after step {STOP_STEP}" in four[0].out
+    assert (base / "run" / "damaged" / f"checkpoints-{STOP_STEP + 1}").is_dir()
     run = RunDir(base / "run")
     assert run.state() == "finished"
     check_same_training(run, one)

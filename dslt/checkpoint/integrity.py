@@ -21,7 +21,9 @@ from dslt.errors import InputError
 ITEMS = ("params", "opt_state")
 CHECKED_BYTES = 1 << 28  # of arrays that a check reads at a time
 
-# What TensorStore says of a store that cannot be reached now; that is no damage.
+# No damage: a right that is missing, a full memory, a failing device, and what TensorStore says of
+# a store that cannot be reached now.
+_OTHER_TROUBLE = (OSError, MemoryError, jax.errors.JaxRuntimeError)
 _PASSING = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "ABORTED")
 
 
@@ -126,8 +128,15 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax has no type for it: ValueError, KeyError, Exception itself
-        is_passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        if is_passing or any(word in str(error) for word in _PASSING):
+        is_absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+        is_passing = isinstance(error, _OTHER_TROUBLE) and not is_absent
+        if is_passing:
             raise
-        what = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else ""
-        raise DamagedCheckpoint(f"{path}: is damaged: {what or type(error).__name__}") from None
+        first_line = str(error).partition("\n")[0][:200]
+        what = f"{type(error).__name__}: {first_line}"
+        if any(word in what for word in _PASSING):
+            raise InputError(
+                f"{path}: cannot be read now, so whether it is whole is not known ({what}); start "
+                "the same command again when it can"
+            ) from None
+        raise DamagedCheckpoint(f"{path}: is damaged: {what}") from None

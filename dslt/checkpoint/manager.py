@@ -108,7 +108,7 @@ class CheckpointManager:
 
     def _save(self, step: int, items: dict, layout: Layout, force: bool = False) -> None:
         """`force`, or else a step below the newest is silently not saved."""
-        content = layout.to_json()
+        content = layout.to_json() | {"step": step}
         content["digests"] = {name: tree_digests(tree) for name, tree in items.items()}
         content["checksum"] = checksum(content)
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -178,6 +178,8 @@ class CheckpointManager:
         try:
             content = read_content(path, self._processes)
             Layout.from_json(content, path)
+            if content.get("step", step) != step:
+                raise DamagedCheckpoint(f"{path}: is damaged: it is of step {content['step']}")
             for item in items:
                 check_item(path, item, content.get("digests"), part, parts, self._processes)
         except DamagedCheckpoint as error:

@@ -35,7 +35,7 @@ def evaluate(args) -> None:
         print(judge.describe(judge.rescore(Path(args.predictions))))
         return
     from dslt import config, distributed
-    from dslt.data.pipeline import count_splits, eval_inputs
+    from dslt.data.pipeline import read_eval_inputs
     from dslt.data.vocabulary import load_vocabulary
     from dslt.workdir import RunDir
 
@@ -49,16 +49,11 @@ def evaluate(args) -> None:
     layout, max_target_length = configs.data.target_layout, configs.data.max_target_length
     eval_config, read_answer = answer_reader(configs.evaluate, layout, max_target_length)
     vocabulary = load_vocabulary(run.vocabulary)
-    counts = count_splits(configs.data)
-    splits = [split for split in eval_config.splits if counts[split]]
+    found = read_eval_inputs(configs.data, eval_config.splits, vocabulary)
     for split in eval_config.splits:
-        if split not in splits:
+        if split not in found:
             print(f"warning: no example is in split {split!r}")
-    examples = [
-        example
-        for split in splits or eval_config.splits
-        for example in eval_inputs(configs.data, split, vocabulary)
-    ]
+    examples = [example for split in found.values() for example in split]
     truncated = sum(example.is_truncated for example in examples)
     if truncated:
         print(f"warning: {truncated} of {len(examples)} inputs are cut to max_input_length")

@@ -20,7 +20,7 @@ import itertools
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -511,22 +511,34 @@ def eval_inputs(config: DataConfig, split: str, vocabulary: Vocabulary) -> list[
     Raises:
       InputError: the split is none of SPLITS, or no records file has an example in it.
     """
-    if split not in SPLITS:
-        raise InputError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
-    found = []
-    others: collections.Counter = collections.Counter()
+    return read_eval_inputs(config, (split,), vocabulary)[split]
+
+
+def read_eval_inputs(
+    config: DataConfig, splits: Sequence[str], vocabulary: Vocabulary
+) -> dict[str, list[EvalInput]]:
+    """`eval_inputs` of several splits in one pass; those without an example are left out.
+
+    Raises:
+      InputError: a split is none of SPLITS, or no records file has an example in any.
+    """
+    for split in splits:
+        if split not in SPLITS:
+            raise InputError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+    found = {split: [] for split in splits}
+    numbers: collections.Counter = collections.Counter()
     for path in _records_paths(config):
         for example in read_examples(path):
-            others[example.split] += 1
-            if example.split == split:
-                found.append(encode_example(config, example, vocabulary))
-    if not found:
-        there = ", ".join(f"{number} in {name}" for name, number in others.items())
+            numbers[example.split] += 1
+            if example.split in found:
+                found[example.split].append(encode_example(config, example, vocabulary))
+    if not any(found.values()):
+        there = ", ".join(f"{number} in {name}" for name, number in numbers.items())
         raise InputError(
-            f"{', '.join(config.records)}: no example is in split {split!r} ({there}); give "
-            "records that have one, or another split"
+            f"{', '.join(config.records)}: no example is in split {' or '.join(map(repr, splits))} "
+            f"({there}); give records that have one, or another split"
         )
-    return found
+    return {split: examples for split, examples in found.items() if examples}
 
 
 def count_splits(config: DataConfig) -> collections.Counter:

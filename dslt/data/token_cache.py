@@ -20,7 +20,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -44,6 +46,7 @@ LABEL_SOURCES = ("gold", "teacher")
 
 SIDES = ("inputs", "targets")  # of a Task's examples
 CHUNK_EXAMPLES = 1024
+LEFT_SECS = 86_400  # after which another host's half-built directory is nobody's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,10 +402,11 @@ def _open_or_build(cache_dir: Path, name: str, build: Callable[[Path], None]) ->
     if final.is_dir():
         return final
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(cache_dir / f".{name}.lock"):
+    _sweep(cache_dir)
+    with _lock(_lock_path(cache_dir, name)):
         if final.is_dir():
             return final
-        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache_dir))
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}~{socket.gethostname()}~", dir=cache_dir))
         try:
             with naming_full_disk(cache_dir):
                 build(partial)
@@ -416,12 +420,51 @@ def _open_or_build(cache_dir: Path, name: str, build: Callable[[Path], None]) ->
     return final
 
 
+def _sweep(cache_dir: Path) -> None:
+    """Removes what killed builders have left: `.NAME~HOST~…` whose lock nobody holds, and locks.
+
+    A lock may hold on one host alone, so what another host has left must be a day old, too.
+    """
+    for partial in cache_dir.glob(".*~*~*"):
+        name, host, _ = partial.name[1:].split("~", 2)
+        with (
+            _lock(_lock_path(cache_dir, name), wait=False) as is_ours,
+            contextlib.suppress(OSError),
+        ):
+            age_secs = time.time() - partial.stat().st_mtime
+            if is_ours and (host == socket.gethostname() or age_secs > LEFT_SECS):
+                shutil.rmtree(partial)
+    for path in cache_dir.glob(".*.lock"):
+        with _lock(path, wait=False):
+            pass  # its file goes with it
+
+
+def _lock_path(cache_dir: Path, name: str) -> Path:
+    return cache_dir / f".{name}.lock"
+
+
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):  # no locks on this file system
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Whether this process has the lock: not where the file system has none, or, without `wait`,
+    where another has it. The lock's file goes with it."""
+    is_ours = False
+    while not is_ours:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            break
+        # Who had it before may have removed the file that was waited for.
+        with contextlib.suppress(FileNotFoundError):
+            is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        if not is_ours:
+            file.close()
+    with file:
+        try:
+            yield is_ours
+        finally:
+            if is_ours:
+                path.unlink(missing_ok=True)
 
 
 def _read_meta(directory: Path) -> dict:

@@ -18,7 +18,6 @@ cut at most the last second.
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
 import os
@@ -29,6 +28,7 @@ from pathlib import Path
 
 from dslt import strict_json
 from dslt.errors import InputError
+from dslt.files import full_disk_error
 
 COMPLETIONS = "completions.jsonl"
 LOCK = ".lock"
@@ -141,11 +141,8 @@ class CompletionStore:
                 left = left[os.write(self._file, left) :]
         except OSError as error:
             os.ftruncate(self._file, self._size)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise InputError(
-                    f"{self.path}: the disk is full; what was answered before is safe. Free some "
-                    "space and start the same command again"
-                ) from None
+            if full := full_disk_error(self.path, error):
+                raise full from None
             raise
         self._size += size
         now = time.monotonic()

@@ -9,6 +9,8 @@ back bit by bit, or else 2 must come back bit by bit: some files are read by nob
 
 import argparse
 import collections
+import contextlib
+import io
 import os
 import random
 import shutil
@@ -91,7 +93,8 @@ def inject(directory: Path, flips: int, every: int, seed: int = 0) -> collection
     for kind, path, damage in todo:
         damage()
         with CheckpointManager(checkpoints, together=True) as manager:
-            step = newest_whole(manager, manager.steps())
+            with contextlib.redirect_stdout(io.StringIO()):  # a warning each
+                step = newest_whole(manager, manager.steps())
             restored = manager.restore(step, abstract)
         where = f"{kind}: {path.relative_to(checkpoints)}"
         is_same = jax.tree.map(np.array_equal, restored, states[step])

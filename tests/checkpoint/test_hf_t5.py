@@ -306,7 +306,7 @@ def test_defaults_of_old_configs(tmp_path):
         ({"num_layers": 0}, "'num_layers' is 0; expected a positive integer"),
         ({"d_model": True}, "'d_model' is True"),
         ({"eos_token_id": 2}, "eos_token_id is 2; expected 1"),
-        ({"dropout_rate": 1.5}, "dropout_rate is 1.5"),
+        ({"dropout_rate": 1.5}, "field 'dropout_rate' is 1.5"),
     ],
 )
 def test_configs_that_are_refused(changes, message, tmp_path):
@@ -351,9 +351,9 @@ def test_all_wrong_tensors_are_listed(tmp_path):
 
 
 def test_weights_of_another_config_name_twenty_and_count_the_rest(tmp_path):
-    config = hf_t5.read_config(GOLDENS / "t5_v1_1")
+    config, other = (hf_t5.read_config(GOLDENS / name) for name in ("t5_v1_1", "umt5"))
     with pytest.raises(InputError, match="… and") as caught:
-        hf_t5.load_params(GOLDENS / "umt5", t5.T5Config())
+        hf_t5.load_params(GOLDENS / "umt5", dataclasses.replace(other, d_model=4, d_ff=4))
     assert len(str(caught.value).splitlines()) == 22
     assert hf_t5.load_params(GOLDENS / "t5_v1_1", config)[0] == config
 

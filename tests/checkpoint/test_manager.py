@@ -122,10 +122,18 @@ def test_a_later_versions_fields_are_refused_with_its_name(directory):
         Layout.from_json(found, directory)
 
 
+@pytest.mark.parametrize("value", ["16", None, 1.5, True, [16]])
+def test_a_models_field_of_another_type_is_refused(value, directory):
+    found = Layout(CONFIG).to_json()
+    found["model"]["d_model"] = value
+    with pytest.raises(InputError, match=r"layout's d_model is .*; expected <class 'int'>"):
+        Layout.from_json(found, directory)
+
+
 def test_damage_is_noticed_whatever_its_place(tmp_path):
     """A share of the faults of `python tests/checkpoint/fault_injection.py`."""
-    counts = fault_injection.inject(tmp_path, flips=1, every=17)
-    assert counts.total() >= 10
+    counts = fault_injection.inject(tmp_path, flips=1, every=15)
+    assert counts.total() >= 8  # Orbax decides anew into how many files it writes
     assert any(outcome == "noticed" for _, outcome in counts)
 
 
@@ -145,6 +153,12 @@ def test_an_array_that_can_be_read_but_is_another_is_damage(directory):
     with CheckpointManager(directory, read_only=True) as manager:
         said = "3/params: is damaged: encoder/final_norm/scale is not what was saved"
         assert manager.find_damage(3).endswith(said)
+
+
+def test_a_checkpoint_under_another_steps_name_is_damage(directory):
+    (directory / "3").rename(directory / "7")
+    with CheckpointManager(directory, read_only=True) as manager:
+        assert manager.find_damage(7).endswith("checkpoints/7: is damaged: it is of step 3")
 
 
 def test_each_process_reads_its_share(directory, monkeypatch):
@@ -184,7 +198,7 @@ def test_a_step_that_was_set_aside_is_saved_again(directory, capsys):
         manager.wait()
         assert manager.steps() == [2, 3] and manager.find_damage(3) is None
     assert (directory.parent / "damaged/checkpoints-3").is_dir()
-    assert "set aside" in capsys.readouterr().err
+    assert "set aside" in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_optimizer_state_is_not_resumed(tmp_path):
@@ -195,14 +209,28 @@ def test_a_checkpoint_without_optimizer_state_is_not_resumed(tmp_path):
             manager.find_damage(1)
 
 
-def test_a_store_that_cannot_be_reached_now_is_no_damage(directory, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    ],
+)
+def test_a_store_that_cannot_be_reached_now_is_no_damage(error, directory, monkeypatch):
     def refuse(*_, **__):
-        raise ValueError("PERMISSION_DENIED: Error reading bucket")
+        raise error
 
     monkeypatch.setattr(integrity, "_read_arrays", refuse)
     with (
         CheckpointManager(directory, read_only=True) as manager,
-        pytest.raises(ValueError, match="PERMISSION_DENIED"),
+        pytest.raises(type(error)) as caught,
+    ):
+        manager.find_damage(3)
+    assert caught.value is error
+    error = ValueError("UNAVAILABLE: Error reading bucket")
+    with (
+        CheckpointManager(directory, read_only=True) as manager,
+        pytest.raises(InputError, match="cannot be read now, so whether it is whole is not known"),
     ):
         manager.find_damage(3)
 

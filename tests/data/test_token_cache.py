@@ -2,14 +2,17 @@
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import crash_build
 import numpy as np
 import pytest
 
@@ -199,6 +202,7 @@ def test_concurrent_builders_and_a_killed_one_leave_a_whole_cache(
     assert len(lines) == 1, results
     assert [out.split()[-1] for out, _ in results].count("True") == 1  # one built, one waited
     assert len(list(tmp_path.glob("sums_label-*"))) == 1
+    assert not list(tmp_path.glob(".*"))  # of the killed one neither
 
 
 def test_a_failed_build_leaves_nothing_and_the_next_one_succeeds(
@@ -211,11 +215,26 @@ def test_a_failed_build_leaves_nothing_and_the_next_one_succeeds(
 
     with monkeypatch.context() as patch:
         patch.setattr("dslt.data.token_cache._write_json", fail)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(InputError, match=r"the disk is full \(No space left on device\)"):
             open_task(tmp_path, index, "sums", "label", vocabulary, SHORT)
     names = {path.name.split("-")[0] for path in tmp_path.iterdir() if path.is_dir()}
     assert names == {"records"}
     assert open_task(tmp_path, index, "sums", "label", vocabulary, SHORT).split("train")
+
+
+def test_only_what_nobody_builds_is_swept(tmp_path, records_path):
+    """The lock of `held` is another's; `far` is another host's, once new and once a day old."""
+    host, old = socket.gethostname(), time.time() - 2 * 86_400
+    kept = [f".held~{host}~1", ".far~elsewhere~1"]
+    gone = [f".left~{host}~1", ".far~elsewhere~2"]
+    for name in (*kept, *gone):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    os.utime(tmp_path / gone[1], (old, old))
+    with (tmp_path / ".held.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        open_index(tmp_path, records_path)
+    names = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert names == {*kept, ".held.lock"}
 
 
 def test_threads_may_open_one_cache_at_once(tmp_path, records_path):
@@ -245,3 +264,9 @@ def test_an_array_whose_header_lies_is_damage(header, tmp_path):
     for size in (0, 3):
         with pytest.raises(InputError, match="no whole token cache"):
             _load_array(tmp_path, "a.npy", size)
+
+
+def test_builders_killed_at_random_moments_leave_a_whole_cache_and_nothing_else(tmp_path):
+    """A share of `python tests/data/crash_build.py`."""
+    counts = crash_build.crash(tmp_path, kills=3)
+    assert counts["killed"] >= 3
