@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "data": ("data", "core.batch", "records", "metrics"),
     "teacher": ("teacher", "records", "metrics"),
     "checkpoint": ("checkpoint", "core"),
+    "train": (*STAGE, "nonfinite"),
     "bench": (*STAGE, "train", "bench_reference"),
     "bench_reference": ("core",),
     "plan": ("core", "train", "evaluate"),

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from dslt import distributed, evaluate, train
+from dslt import config, distributed, evaluate, train
 from dslt.checkpoint import student
 from dslt.checkpoint.manager import finished_steps
 from dslt.core import losses
@@ -290,16 +290,16 @@ def test_what_does_not_change_the_result_may_change(
     assert f"{name}: was " in (captured.out if is_allowed else captured.err)
 
 
+@pytest.mark.parametrize(("schedule", "is_allowed"), [("constant", True), ("cosine", False)])
 def test_more_steps_are_a_resumption_where_the_learning_rate_does_not_depend_on_them(
-    records, tmp_path
+    schedule, is_allowed, undisturbed
 ):
-    constant = "optimizer.OptimizerConfig.schedule = 'constant'"
-    for steps in (2, 3):
-        args = train_args(
-            records, tmp_path / "run", constant, f"train.TrainConfig.num_steps = {steps}"
-        )
-        assert main(args) == 0
-    assert logged_steps(RunDir(tmp_path / "run")) == [1, 2, 3]
+    bindings = [f"optimizer.OptimizerConfig.schedule = {schedule!r}"]
+    was = config.parse([str(undisturbed.config)], bindings)
+    now = config.parse([str(undisturbed.config)], [*bindings, "train.TrainConfig.num_steps = 8"])
+    (change,) = config.find_changes(was, now)
+    assert str(change) == "train.TrainConfig.num_steps: was 6, now 8"
+    assert change.is_allowed == is_allowed
 
 
 def test_what_cannot_be_branched_from_is_one_message(undisturbed, records, tmp_path, capsys):
@@ -448,11 +448,11 @@ def test_a_heartbeat_breaks_the_silence(tmp_path, capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(evaluate.time, "monotonic", lambda: now[0])
     run = RunDir(tmp_path)
-    silence, config = Silence(run), EvalConfig(silence_secs=10.0, give_up_secs=100.0)
+    silence, settings = Silence(run), EvalConfig(silence_secs=10.0, give_up_secs=100.0)
 
     def looks(secs: float) -> bool:
         now[0] = secs
-        return silence.is_final(config)
+        return silence.is_final(settings)
 
     run.heartbeat.write_text("1")
     assert [looks(secs) for secs in (5.0, 14.0, 16.0, 60.0)] == [False] * 4

@@ -144,18 +144,18 @@ def kill_once(command, run: RunDir, aim: str, rng: random.Random) -> tuple[str, 
     checkpoints = finished_steps(run.checkpoints)
     begun_after = checkpoints[-1] if checkpoints else 0
     rows_before, beat_before = sum(step <= begun_after for step in _steps(run)), _beat(run)
+
+    def is_in(phase: str) -> bool:
+        if aim == "save":  # not in the first: then each start gets further
+            return phase == aim and finished_steps(run.checkpoints)[-1:] > checkpoints[-1:]
+        return phase == aim or (aim == "compile" and phase == "step")
+
     process = start(command)
     try:
         if aim == "start-up":
             time.sleep(rng.uniform(0.0, 4.0))
         else:
-            reached = wait_for(
-                lambda: (
-                    phase_of(run, rows_before, beat_before) == aim
-                    or (aim == "compile" and phase_of(run, rows_before, beat_before) == "step")
-                ),
-                process,
-            )
+            reached = wait_for(lambda: is_in(phase_of(run, rows_before, beat_before)), process)
             if not reached:
                 return None
             time.sleep(rng.uniform(0.0, {"compile": 1.0, "step": 0.3, "save": 0.05}[aim]))
