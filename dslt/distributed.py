@@ -12,34 +12,36 @@ said between them goes through JAX's coordination service, whose messages need n
 take as long as they take.
 """
 
-import collections
 import contextlib
+import datetime
 import itertools
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 # JAX has no public name for the client; Orbax speaks through it too.
 from jax._src.distributed import global_state
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from dslt import signals
 from dslt.errors import InputError
 
 READ_TIMEOUT_SECS = 600  # for all to read what all have said
 GRACE_SECS = 5.0  # for the others to fail likewise, or to hear of it
-STEPS_IN_FLIGHT = 2  # that devices may lag behind the processes' agreement to stop
 
+# What jaxlib's preemption_sync_manager.cc waits for in the coordination service.
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 _FAILURES = "dslt/failures/"
 _is_failing = threading.Event()
+_step_numbers = itertools.count(1)  # of this process: a sync point is never met again
 _names = itertools.count()  # of what is said: all processes say the same things in one order
 
 
@@ -65,8 +67,8 @@ def initialize(
         return
     if coordinator is not None:
         _check_address(coordinator)
-    # Its handler would swallow every SIGTERM; `AnyProcess` agrees on the step to stop at.
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", True)  # for `AnyProcess`
+    on_sigterm = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
     too_late = threading.Timer(timeout_secs, _give_up, [coordinator, num_processes, timeout_secs])
     too_late.daemon = True
     too_late.start()
@@ -77,6 +79,8 @@ def initialize(
             process_id,
             initialization_timeout=timeout_secs + 60,  # _give_up speaks first
         )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # JAX's handler would swallow every SIGTERM
         jax.devices()  # on TPUs this waits for the others too
     except (ValueError, RuntimeError, OSError) as error:
         raise InputError(
@@ -183,34 +187,35 @@ def main_first() -> Iterator[None]:
 
 
 class AnyProcess:
-    """Whether any process says so, which all learn at the same step.
+    """Whether any process is to stop, which all learn at the same step.
 
-    Each step sums the processes' answers on their devices, behind the train step, and reads the sum
-    of STEPS_IN_FLIGHT steps before: so nothing waits for the step that has just been started.
+    Through the preemption sync point of `jax.distributed`: a process that is told to stop gives
+    notice, and a thread of JAX's in each agrees with the others on the first step that none has
+    begun. Until there is a notice, that costs a look at a number.
     """
 
     def __init__(self, mesh: Mesh):
-        self._where = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        is_cpu = mesh.devices.flat[0].platform == "cpu"
-        self.steps_in_flight = 0 if is_cpu else STEPS_IN_FLIGHT
-        self._pending: collections.deque[jax.Array] = collections.deque()
+        self._is_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._has_told = False
 
     def ask(self, says_so: bool, results) -> bool:
         """To be called by all processes after every step, with the arrays that the step made."""
         if is_alone():
             return says_so
-        if not self.steps_in_flight:
+        if self._is_cpu:
             # Two programs in flight on several CPU devices, with Gloo between the processes, were
             # seen to stand still for ever: each held a device that the other waited for.
             jax.block_until_ready(results)
-        answers = jax.make_array_from_callback(
-            (self._where.mesh.size,), self._where, lambda _: np.array([says_so])
-        )
-        self._pending.append(self._any(answers))
-        if len(self._pending) <= self.steps_in_flight:
-            return False
-        return bool(self._pending.popleft())
+        if says_so:
+            self.tell()
+        return multihost_utils.reached_preemption_sync_point(next(_step_numbers))
+
+    def tell(self) -> None:
+        """Gives notice, once, as JAX's own handler of SIGTERM would; ours has taken its place."""
+        if not self._has_told:
+            self._has_told = True
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            global_state.client.key_value_set(_NOTICE, now, allow_overwrite=True)
 
 
 def fail(message: str, status: int) -> None:

@@ -26,14 +26,17 @@ def add(commands) -> None:
     add_process_flags(command)
 
 
-def evaluate(args) -> None:
-    """Prints a line a checkpoint and which is the best on validation."""
+def evaluate(args) -> int | None:
+    """Prints a line a checkpoint and which is the best on validation.
+
+    Returns 1 where it followed a training that has given no sign of life for too long.
+    """
     start_processes(args)
     from dslt import evaluate as judge
 
     if args.predictions:
         print(judge.describe(judge.rescore(Path(args.predictions))))
-        return
+        return None
     from dslt import config, distributed
     from dslt.data.pipeline import read_eval_inputs
     from dslt.data.vocabulary import load_vocabulary
@@ -82,6 +85,7 @@ def evaluate(args) -> None:
     else:
         print(f"best on validation: {judge.describe(best)}")
         print(f"predictions: {run.evaluation(best['step']) / 'predictions.jsonl'}")
+    return 1 if args.follow and distributed.share(run.state() == "running") else 0
 
 
 def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> list:

@@ -312,3 +312,73 @@ def test_the_consistency_term_wants_the_whole_batch_at_once(build):
             consistency_temperature=0.1,
             mesh=None,
         )
+
+
+@functools.cache
+def settling_step(on_nonfinite: str, accumulation_steps: int):
+    """An AdamW step whose learning rate falls at each."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1), num_steps=10)
+    step = functools.partial(
+        train_step.train_step,
+        graphdef=model()[0],
+        optimizer=optimizer,
+        rationale_weight=0.5,
+        clip_norm=1.0,
+        seed=0,
+        accumulation_steps=accumulation_steps,
+        on_nonfinite=on_nonfinite,
+    )
+    start = train_step.init_state(model()[1], optimizer)
+    return jax.jit(step, compiler_options=QUICK_COMPILE), start
+
+
+def counters(state):
+    return [int(x) for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.integer)]
+
+
+def reals(state):
+    return [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("number", [np.inf, np.nan])
+def test_a_step_that_is_not_finite_is_skipped(paired, accumulation, number):
+    """Parameters and moments stay, counters go on, and the step after is as from that state."""
+    step, start = settling_step("skip", accumulation)
+    weights = paired.decoder_loss_weights.copy()
+    weights[0, 0] = number  # of one token in one of the microbatches
+    bad = paired._replace(decoder_loss_weights=weights)
+    first, metrics = step(start, paired)
+    assert metrics.is_finite and counters(first) == [1] * len(counters(first))
+    skipped, metrics = step(first, bad)
+    assert not metrics.is_finite
+    assert counters(skipped) == [2] * len(counters(first))
+    assert_same(reals(skipped), reals(first))
+    after, metrics = step(skipped, paired)
+    assert metrics.is_finite
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    assert max(np.abs(a - b).max() for a, b in zip(reals(after), reals(first), strict=True)) > 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_that_is_not_finite_halts_the_state(paired, accumulation):
+    """Whatever comes behind it, until the host looks: then it goes on as if nothing had been."""
+    step, start = settling_step("stop", accumulation)
+    bad = paired._replace(decoder_loss_weights=paired.decoder_loss_weights * np.float32(np.nan))
+    first, _ = step(start, paired)
+    halted, metrics = step(first, bad)
+    assert not metrics.is_finite and halted.step == -2
+    for batch in (paired, bad, paired):
+        halted, _ = step(halted, batch)
+    assert halted.step == -2
+    assert_same(train_step.resumable(halted), first)
+    assert_same(train_step.resumable(first), first)
+    assert_same(step(train_step.resumable(halted), paired), step(first, paired))
+
+
+def test_a_finite_gradient_whose_norm_is_not_is_skipped_too(paired):
+    """Clipping would make zeros of it: 1 / inf."""
+    step, start = settling_step("skip", 1)
+    after, metrics = step(start, paired, rationale_weight=1e30)
+    assert np.isfinite(metrics.loss) and not metrics.is_finite
+    assert_same(reals(after), reals(start))

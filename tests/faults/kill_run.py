@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def _steps(run: RunDir) -> list[int]:
 
 
 def _is_saving(run: RunDir) -> bool:
-    """Orbax writes a checkpoint under another name first."""
+    """Orbax writes a checkpoint under another name first; what a kill left goes at the start."""
     try:
         return any(not path.name.isdigit() for path in run.checkpoints.iterdir())
     except OSError:
@@ -143,21 +144,21 @@ def kill_once(command, run: RunDir, aim: str, rng: random.Random) -> tuple[str, 
     checkpoints = finished_steps(run.checkpoints)
     begun_after = checkpoints[-1] if checkpoints else 0
     rows_before, beat_before = sum(step <= begun_after for step in _steps(run)), _beat(run)
+
+    def is_in(phase: str) -> bool:
+        if aim == "save":  # not in the first: then each start gets further
+            return phase == aim and finished_steps(run.checkpoints)[-1:] > checkpoints[-1:]
+        return phase == aim or (aim == "compile" and phase == "step")
+
     process = start(command)
     try:
         if aim == "start-up":
-            time.sleep(rng.uniform(0.0, 6.0))
+            time.sleep(rng.uniform(0.0, 4.0))
         else:
-            reached = wait_for(
-                lambda: (
-                    phase_of(run, rows_before, beat_before) == aim
-                    or (aim == "compile" and phase_of(run, rows_before, beat_before) == "step")
-                ),
-                process,
-            )
+            reached = wait_for(lambda: is_in(phase_of(run, rows_before, beat_before)), process)
             if not reached:
                 return None
-            time.sleep(rng.uniform(0.0, {"compile": 2.0, "step": 0.3, "save": 0.01}[aim]))
+            time.sleep(rng.uniform(0.0, {"compile": 1.0, "step": 0.3, "save": 0.05}[aim]))
         if process.poll() is not None:
             return None
         hit = phase_of(run, rows_before, beat_before)
@@ -202,20 +203,23 @@ def not_once(steps: list[int], num_steps: int) -> list[int]:
     return [step for step in {*range(1, num_steps + 1), *count} if count[step] != 1]
 
 
-def run_with_kills(directory: Path, *, kills: int, seed: int = 0) -> KillReport:
-    """Trains undisturbed and with kills, and compares what they left."""
+def run_with_kills(
+    directory: Path, *, kills: int, seed: int = 0, aims: Sequence[str] = PHASES
+) -> KillReport:
+    """Trains undisturbed and with kills, aimed at these phases in turn, and compares what is
+    left.
+    """
     begun = time.monotonic()
     rng = random.Random(seed)
-    num_steps, save_every_steps = 40 * max(kills, 2), 7
+    num_steps, save_every_steps = 100 * max(kills, 2), 45
     records = make_records(directory / "records")
     undisturbed, killed = RunDir(directory / "undisturbed"), RunDir(directory / "killed")
     command = train_command(records, undisturbed.path, num_steps, save_every_steps)
     assert start(command).wait(HANG_SECS) == 0
     command = train_command(records, killed.path, num_steps, save_every_steps)
     hits, resumed_from = collections.Counter(), []
-    aims = itertools.cycle(PHASES)
-    while sum(hits.values()) < kills:
-        hit = kill_once(command, killed, next(aims), rng)
+    for aim in itertools.islice(itertools.cycle(aims), kills):
+        hit = kill_once(command, killed, aim, rng)
         assert hit is not None, "the training ended before all kills; give it more steps"
         hits[hit[0]] += 1
         resumed_from.append(hit[1])
