@@ -1,12 +1,15 @@
 """Every shipped gin file parses and builds, and overrides win."""
 
+import itertools
+
 import pytest
 
-from dslt.config import gin_directory, parse
+from dslt.config import gin_directory, parse, parse_sweep
 from dslt.errors import InputError
 
 METHODS = sorted(path.name for path in (gin_directory() / "runs").glob("*.gin"))
 SETTINGS = sorted(path.name for path in (gin_directory() / "settings").glob("*.gin"))
+SWEEPS = sorted(path.name for path in (gin_directory() / "sweeps").glob("*.gin"))
 SLICES = sorted(path.name for path in (gin_directory() / "slices").glob("*.gin"))
 HEADER = "from __gin__ import dynamic_registration\nfrom dslt import train\n"
 # (λ, whose label): what the names promise.
@@ -30,6 +33,16 @@ def test_every_method_combines_with_every_setting_in_either_order(method, settin
     assert (configs.train.rationale_weight, configs.data.label_source) == PROMISED[method]
     assert configs.data.records and configs.data.vocabulary
     assert parse([f"settings/{setting}", f"runs/{method}"]).text == configs.text
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_names_methods_and_settings_that_are_shipped(name):
+    sweep = parse_sweep([f"sweeps/{name}"])
+    for method, setting in itertools.product(sweep.methods, sweep.settings):
+        configs = parse([method, setting], sweep.overrides)
+        assert (configs.train.rationale_weight, configs.data.label_source) == PROMISED[
+            method.removeprefix("runs/")
+        ]
 
 
 @pytest.mark.parametrize("name", SLICES)
