@@ -32,7 +32,8 @@ from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
 from dslt.records import EvalInput
-from dslt.train import TrainConfig, compile_step, new_state, put_batch
+from dslt.start import new_state
+from dslt.train import TrainConfig, compile_step, put_batch
 
 PROFILED_STEPS = 3
 MATMUL_SIZE = 2048  # of the products that measure a peak where no data sheet is known

@@ -27,7 +27,8 @@ from dslt.core.t5 import T5Config
 from dslt.core.topology import GIB, Topology, compile_devices, compiler_options, slices
 from dslt.errors import InputError
 from dslt.evaluate import EvalConfig
-from dslt.train import TrainConfig, abstract_state, compile_step
+from dslt.start import abstract_state
+from dslt.train import TrainConfig, compile_step
 
 # Searches and trials compile with little effort, which is ten times as fast. The peak of memory was
 # up to 13 % from that of full effort; T5 Large on v5e:2x4 (128 rows of 1,024): 4.16 GiB for 3.67.

@@ -5,14 +5,11 @@ Imports core, checkpoint, workdir and records. It is handed batches and never se
     state = train(config, model, optimizer, mesh, stream=stream, run=RunDir(path))
 """
 
-import collections
 import dataclasses
 import itertools
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -20,34 +17,25 @@ from tqdm import tqdm
 
 from dslt import distributed, signals
 from dslt.checkpoint.layout import Layout
-from dslt.checkpoint.manager import CheckpointManager, finished_steps
-from dslt.checkpoint.student import read_params
-from dslt.core import attention, flops, losses, sharding, t5, topology
+from dslt.checkpoint.manager import CheckpointManager
+from dslt.core import attention, sharding, topology
 from dslt.core.batch import Batch, BatchCounts
 from dslt.core.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
 from dslt.core.train_step import (
     ON_NONFINITE,
-    StepMetrics,
     TrainState,
-    init_state,
     resumable,
     train_step,
 )
 from dslt.errors import InputError
 from dslt.nonfinite import NonfiniteStep, keep_batch
+from dslt.start import initial_state
+from dslt.step_log import LogInterval, progress_line
 from dslt.workdir import MetricsWriter, RunDir
 
 SHOWN_EXAMPLES = 10
-
-# A step's loss is a spike where it is this many times the median of the last rows' losses, and so
-# many nats per token above it, which noise around a small loss is not. Before FEWEST_ROWS there is
-# no median to speak of.
-SPIKE_FACTOR = 2.0
-SPIKE_NATS = 0.5
-SPIKE_ROWS = 20
-FEWEST_ROWS = 5
 
 MAX_SKIPPED_IN_A_ROW = 50  # that no batch is to blame for
 
@@ -279,102 +267,6 @@ def set_state(run: RunDir, state: str) -> None:
         run.update_info(state=state)
 
 
-def initial_state(config, model_config, optimizer, mesh, manager) -> tuple:
-    """The graph definition and the state to start from, placed on the mesh. The first that holds:
-
-    1. this run has checkpoints: resume the newest;
-    2. `branch_from` is a run's directory or one of its checkpoints: its whole state;
-    3. `init_from` is a run's directory or an Orbax checkpoint: its parameters, step 0;
-    4. `init_from` is a Hugging Face directory: its parameters, step 0;
-    5. from scratch, by `seed`.
-    """
-    graphdef, abstract = abstract_state(model_config, optimizer, mesh)
-    if steps := distributed.share(manager.steps()):
-        newest = newest_whole(manager, steps)
-        manager.check_layout(newest, Layout(model_config))
-        print(f"Resuming {manager.directory} after step {newest}.")
-        return graphdef, manager.restore(newest, abstract)
-    if config.branch_from:
-        directory, step = find_branch(Path(config.branch_from))
-        step = distributed.share(step)
-        print(f"Branching from {directory} after step {step}.")
-        with CheckpointManager(directory, read_only=True, together=True) as other:
-            return graphdef, other.restore(step, abstract)
-    return new_state(config, model_config, optimizer, mesh)
-
-
-def find_branch(path: Path) -> tuple[Path, int]:
-    """The directory of checkpoints and the step to branch from.
-
-    Raises:
-      InputError: `path` is neither a run with checkpoints nor one of them.
-    """
-    path = path.absolute()
-    if path.name.isdigit() and (path / "opt_state").is_dir():
-        return path.parent, int(path.name)
-    directory = RunDir(path).checkpoints
-    if steps := finished_steps(directory):
-        return directory, steps[-1]
-    raise InputError(
-        f"{path}: has no checkpoint with optimizer state to branch from; expected a run's "
-        "directory or RUN/checkpoints/STEP. A student without it is for train.TrainConfig.init_from"
-    )
-
-
-def newest_whole(manager: CheckpointManager, steps: Sequence[int]) -> int:
-    """The newest of these steps whose checkpoint is what was saved.
-
-    Damaged ones after it are named and set aside, for their steps will be saved again. Each of
-    several processes reads its share of the arrays, and all agree.
-
-    Raises:
-      InputError: none is whole; nothing is moved then, and nothing begins anew.
-    """
-    damaged = {}
-    for step in reversed(steps):
-        found = manager.find_damage(step, part=jax.process_index(), parts=jax.process_count())
-        damages = [damage for damage in distributed.gather(found) if damage]
-        if not damages:
-            break
-        damaged[step] = damages[0]
-    else:
-        raise InputError(
-            f"{manager.directory}: none of its checkpoints is whole, so there is nothing to resume;"
-            " restore one from a copy, or choose another --run_dir to begin anew:\n  "
-            + "\n  ".join(damaged.values())
-        )
-    for other, damage in damaged.items():
-        print(f"warning: {damage}")
-        where = distributed.share(str(manager.set_aside(other)) if distributed.is_main() else None)
-        print(f"warning: set aside as {where}; taking the checkpoint before it")
-    manager.steps()  # all see what is left
-    return step
-
-
-def abstract_state(model_config: T5Config, optimizer, mesh) -> tuple:
-    """The graph definition and a TrainState of `jax.ShapeDtypeStruct`s with their shardings."""
-    graphdef, abstract_params = t5.abstract_params(model_config)
-    abstract = jax.eval_shape(partial(init_state, optimizer=optimizer), abstract_params)
-    return graphdef, sharding.with_shardings(mesh, abstract)
-
-
-def new_state(config: TrainConfig, model_config: T5Config, optimizer, mesh) -> tuple:
-    """As `initial_state`, of a run that has no checkpoints and no branch: 3, 4 or 5."""
-    graphdef, abstract = abstract_state(model_config, optimizer, mesh)
-    shardings = sharding.state_shardings(mesh, abstract)
-    if config.init_from:
-        print(f"Starting from the parameters in {config.init_from}.")
-        params = read_params(Path(config.init_from), model_config, abstract.params)
-    else:
-        print(f"Starting from scratch with seed {config.seed}.")
-        initialise = jax.jit(
-            lambda: t5.init_params(model_config, config.seed)[1], out_shardings=shardings.params
-        )
-        params = initialise()
-    make_state = jax.jit(partial(init_state, optimizer=optimizer), out_shardings=shardings)
-    return graphdef, make_state(params)
-
-
 def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, state, mesh):
     """`train_step` under jit with shardings and a donated state."""
     shardings = sharding.state_shardings(mesh, state)
@@ -405,125 +297,3 @@ def put_batch(
 ) -> Batch:
     """Numpy arrays, whole or of this process's `rows`, to global device arrays of `num_rows`."""
     return Batch(*(sharding.put_rows(array, mesh, rows, num_rows) for array in batch))
-
-
-class Step(NamedTuple):
-    """What is known of a step before the device has done it.
-
-    Attributes:
-      number: from 1.
-      counts: of the global batch.
-      room: cells of it, source and target.
-      metrics: on the device.
-    """
-
-    number: int
-    counts: BatchCounts
-    room: tuple[int, int]
-    metrics: StepMetrics
-
-
-class LogInterval:
-    """What to log of the steps since the last row. Device values are fetched where they are asked
-    for, not step by step.
-    """
-
-    def __init__(self, model_config: T5Config, num_devices: int, rows: Sequence[dict] = ()):
-        """`rows` are those logged before, for what a spike is."""
-        self.model_config = model_config
-        peak = flops.peak_flops(jax.devices()[0])
-        self.peak_flops = peak and peak * num_devices
-        losses_before = [row["loss"] for row in rows if "loss" in row]
-        self._losses = collections.deque(losses_before, SPIKE_ROWS)
-        self._clear()
-
-    def _clear(self) -> None:
-        self.steps: list[Step] = []
-        self._num_looked_at = 0
-        self.started_secs = time.perf_counter()
-
-    def add(self, number: int, counts: BatchCounts, batch: Batch, metrics: StepMetrics) -> None:
-        """Counts a global batch and keeps the device's results unfetched."""
-        room = batch.encoder_segment_ids.size, batch.decoder_segment_ids.size
-        self.steps.append(Step(number, counts, room, metrics))
-
-    def nonfinite(self, in_a_row: int) -> tuple[list[NonfiniteStep], int]:
-        """Those of the steps since the last call that are not finite, and how many the last ones
-        are in a row, where `in_a_row` were so before.
-        """
-        new = self.steps[self._num_looked_at :]
-        self._num_looked_at = len(self.steps)
-        found = []
-        for step, is_finite in zip(
-            new, jax.device_get([step.metrics.is_finite for step in new]), strict=True
-        ):
-            in_a_row = 0 if is_finite else in_a_row + 1
-            if not is_finite:
-                loss, grad_norm = float(step.metrics.loss), float(step.metrics.grad_norm)
-                found.append(NonfiniteStep(step.number, loss, grad_norm))
-        return found, in_a_row
-
-    def summary(self) -> dict[str, float]:
-        """Means over the finite steps and rates over all; then a new interval begins."""
-        everything = jax.device_get([step.metrics for step in self.steps])
-        secs = time.perf_counter() - self.started_secs
-        steps = [metrics for metrics in everything if metrics.is_finite]
-        examples, source, target = np.sum([step.counts for step in self.steps], axis=0).tolist()
-        source_room, target_room = np.sum([step.room for step in self.steps], axis=0).tolist()
-        values = {"loss": float(np.mean([s.loss for s in steps]))} if steps else {}
-        sums = (
-            losses.RoleSums(
-                *(np.sum(x, axis=0) for x in zip(*(s.sums for s in steps), strict=True))
-            )
-            if steps
-            else losses.RoleSums(*np.zeros((3, 2)))
-        )
-        for role, name in enumerate(("label", "rationale")):
-            tokens = float(sums.tokens[role])
-            values[f"{name}_tokens"] = tokens
-            if tokens:
-                values[f"{name}_loss"] = float(sums.nll[role]) / tokens
-                values[f"{name}_accuracy"] = float(sums.correct[role]) / tokens
-        if steps:
-            values["grad_norm"] = float(np.mean([s.grad_norm for s in steps]))
-        if any(s.consistency for s in steps):
-            values["consistency_loss"] = float(np.mean([s.consistency for s in steps]))
-        values |= {
-            "skipped_steps": len(everything) - len(steps),
-            "loss_spikes": self._spikes(everything),
-            "source_fill": source / source_room,
-            "target_fill": target / target_room,
-            "examples_per_sec": examples / secs,
-            "tokens_per_sec": (source + target) / secs,
-        }
-        if self.peak_flops:
-            model_flops = flops.train_step_flops(self.model_config, source, target)
-            values["mfu"] = model_flops / secs / self.peak_flops
-        if "loss" in values:
-            self._losses.append(values["loss"])
-        self._clear()
-        return values
-
-    def _spikes(self, metrics: list[StepMetrics]) -> int:
-        """Says which steps' losses are spikes, and counts them."""
-        if len(self._losses) < FEWEST_ROWS:
-            return 0
-        median = float(np.median(self._losses))
-        bound = max(SPIKE_FACTOR * median, median + SPIKE_NATS)
-        spikes = [
-            (step.number, float(found.loss))
-            for step, found in zip(self.steps, metrics, strict=True)
-            if found.is_finite and found.loss > bound
-        ]
-        for number, loss in spikes:
-            tqdm.write(
-                f"loss spike: {loss:.3g} at step {number}, {loss / median:.1f} times the median "
-                f"of the last {len(self._losses)} rows"
-            )
-        return len(spikes)
-
-
-def progress_line(values: dict[str, float]) -> str:
-    """What stands behind the progress bar."""
-    shown = ("label_loss", "rationale_loss", "label_accuracy", "examples_per_sec")
-    return ", ".join(f"{name}={values[name]:.3g}" for name in shown if name in values)

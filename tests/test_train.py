@@ -28,7 +28,7 @@ from dslt.evaluate import EvalConfig, Silence
 from dslt.main import main
 from dslt.nonfinite import read_batch
 from dslt.signals import INTERRUPTED
-from dslt.train import FEWEST_ROWS, LogInterval
+from dslt.step_log import FEWEST_ROWS, LogInterval
 from dslt.workdir import RunDir, read_json, read_json_rows
 
 NUM_STEPS = 6
@@ -403,7 +403,8 @@ def test_the_same_run_twice_has_the_same_bits(undisturbed, records, tmp_path):
 
 def step_metrics(loss: float) -> StepMetrics:
     sums = losses.RoleSums(*(np.ones(2, np.float32) for _ in range(3)))
-    return StepMetrics(np.float32(loss), sums, np.float32(1.0), np.bool_(np.isfinite(loss)))
+    one, is_finite = np.float32(1.0), np.bool_(np.isfinite(loss))
+    return StepMetrics(np.float32(loss), sums, one, is_finite, consistency=np.float32(0.0))
 
 
 def test_a_loss_spike_is_counted_and_said(capsys):

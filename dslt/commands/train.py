@@ -94,7 +94,7 @@ def open_train_stream(run, configs) -> tuple:
     from dslt import distributed
     from dslt.data.pipeline import TrainStream, make_vocabulary
     from dslt.data.vocabulary import load_vocabulary
-    from dslt.train import find_branch
+    from dslt.start import find_branch
     from dslt.workdir import RunDir
 
     if not distributed.is_main() and not run.vocabulary.is_dir():
@@ -146,7 +146,7 @@ def describe_run(run, configs, stream, vocabulary) -> None:
 
     from dslt import distributed, workdir
     from dslt.core import t5
-    from dslt.train import find_branch
+    from dslt.start import find_branch
 
     if not distributed.is_main():
         return

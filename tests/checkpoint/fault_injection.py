@@ -28,7 +28,7 @@ from dslt.checkpoint.manager import CheckpointManager
 from dslt.core import sharding, t5
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.train_step import TrainState, init_state
-from dslt.train import newest_whole
+from dslt.start import newest_whole
 
 CONFIG = t5.T5Config(
     vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=1, num_decoder_layers=1

@@ -9,7 +9,7 @@ import pytest
 from dslt.checkpoint.layout import Layout
 from dslt.checkpoint.manager import CheckpointManager
 from dslt.errors import InputError
-from dslt.train import newest_whole
+from dslt.start import newest_whole
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

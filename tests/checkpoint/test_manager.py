@@ -20,7 +20,7 @@ from dslt.core import sharding, t5
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.train_step import init_state
 from dslt.errors import InputError
-from dslt.train import newest_whole
+from dslt.start import newest_whole
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "checkpoints"
 
