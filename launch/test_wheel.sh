@@ -31,6 +31,10 @@ try() { # PYTHON
   "$bin/dslt" export --student run --output_dir student
   "$bin/dslt" predict --student student --rationales --split test --limit 1 --format text \
     records/records.jsonl
+  "$bin/dslt" sweep sweeps/embedded.gin --output_dir sweep --list \
+    --gin "sweep.SweepConfig.records = ('records/records.jsonl',)"
+  # What the report and the server show travels too, whether or not their extras are installed.
+  ls "$bin"/../lib/python*/site-packages/dslt/{serve_page.html,report/templates/page.html}
   cd "$root"
 }
 

@@ -117,7 +117,7 @@ def run_all(args, names: list[str], directory: Path) -> int:
     """Runs these in processes of their own, some at a time; returns the exit status."""
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR")
-        or str((directory / "compile_cache").absolute())
+        or str((directory / ".compile_cache").absolute())
     }
     waiting, under_way, failed, busy = list(names), {}, [], []
     free_cores = share_cores(args.jobs)

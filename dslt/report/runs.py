@@ -112,13 +112,18 @@ def find_runs(
 
 
 def _walk(path: Path) -> Iterator[tuple[Path, bool]]:
-    """(directory, whether it is a run) for runs, and for the topmost directories without any."""
+    """(directory, whether it is a run) for runs, and for the topmost directories without any.
+
+    Hidden directories are nobody's run.
+    """
     if any((path / file).exists() for file in RUN_FILES):
         yield path, True
         return
     try:
         children = sorted(
-            child for child in path.iterdir() if child.is_dir() and not child.is_symlink()
+            child
+            for child in path.iterdir()
+            if child.is_dir() and not child.is_symlink() and not child.name.startswith(".")
         )
     except OSError:
         children = []

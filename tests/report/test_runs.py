@@ -17,6 +17,7 @@ def test_runs_are_found_at_any_depth_and_sorted_by_number(tmp_path):
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "records.jsonl").touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / ".compile_cache").mkdir()
     (tmp_path / "out").mkdir()
     runs, passed_over = find_runs([tmp_path], skip=tmp_path / "out")
     assert [run.name for run in runs] == ["a/0.25", "a/0.5", "a/s9", "a/s10", "b"]
