@@ -57,6 +57,7 @@ setup(
             *_REPORT,
             *_SERVE,
             "pytest>=8",
+            "pytest-xdist>=3.8",
             "ruff>=0.14",
             "openai>=3.54.0",
             "playwright>=1.65.2",  # drives the Chromium at hand; without one those tests skip

@@ -7,4 +7,5 @@ set -euo pipefail
 export EXTRAS="${EXTRAS:-test}"
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 export JAX_PLATFORMS=cpu
-python -m pytest "$@"
+# Two and more at a time, a file each; not more than four, since each holds up to 5 GB.
+python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
