@@ -174,7 +174,7 @@ def test_a_kill_between_two_files_of_a_checkpoint_leaves_the_one_before(
             (path / "checkpoints/3" / directory).rmdir()
         fail(monkeypatch, kill)
     fail(monkeypatch, lambda verb, name: None)
-    assert all("/6/" in name for name in count[:7])
+    assert all("/6/" in name and MARKER not in name for name in count[:6])
     assert steps_in(url) == ([3] if sent < 7 else [3, 6])
     machine("second")
     capsys.readouterr()
@@ -207,14 +207,51 @@ def test_a_checkpoint_that_is_deleted_while_it_is_sent_is_sent(url, machine, tmp
         save(path, 3)
         expected = content(path, "checkpoints/3")
 
+        lock = threading.Lock()
+
         def delete(verb, name):
-            if "/checkpoints/3/" in name and (path / "checkpoints/3").exists():
-                (path / "checkpoints/3").rename(tmp_path / "deleted")
+            with lock:
+                if "/checkpoints/3/" in name and (path / "checkpoints/3").exists():
+                    (path / "checkpoints/3").rename(tmp_path / "deleted")
 
         fail(monkeypatch, delete)
     machine("second")
     with training(url) as other:
         assert content(other, "checkpoints/3") == expected
+
+
+def test_nothing_goes_for_a_checkpoint_that_went_before_it_was_sent(
+    url, machine, tmp_path, monkeypatch
+):
+    with training(url) as path:
+        save(path, 3)
+    with training(url) as path:
+        (path / "checkpoints/3").rename(tmp_path / "3")
+        save(path, 6)
+        (path / "metrics.jsonl").write_text("")
+
+        def delete(verb, name):  # after the look at what is there
+            if name.endswith("metrics.jsonl"):
+                (path / "checkpoints/6").rename(tmp_path / "6")
+
+        fail(monkeypatch, delete)
+    assert steps_in(url) == [3]
+
+
+def test_the_end_is_said_after_the_last_checkpoint(url, machine, monkeypatch):
+    def kill(verb, name):
+        if "/checkpoints/" in name:
+            raise Killed
+
+    with pytest.raises(Killed), training(url) as path:
+        save(path, 3)
+        (path / "run.json").write_text('{"state": "finished", "seed": 7}')
+        fail(monkeypatch, kill)
+    assert Bucket(url).read_json("run.json") == {"state": "running", "seed": 7}
+    fail(monkeypatch, lambda verb, name: None)
+    with training(url):
+        pass
+    assert Bucket(url).read_json("run.json") == {"state": "finished", "seed": 7}
 
 
 def test_a_step_that_was_saved_again_is_sent_again(url, machine, tmp_path):
