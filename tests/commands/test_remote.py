@@ -30,8 +30,8 @@ SMALL = (
     "t5.T5Config.num_heads = 2",
     "t5.T5Config.dropout_rate = 0.2",
     "pipeline.DataConfig.batch_examples = 8",
-    "train.TrainConfig.num_steps = 30",
-    "train.TrainConfig.save_every_steps = 3",
+    "train.TrainConfig.num_steps = 6",
+    "train.TrainConfig.save_every_steps = 2",
     "train.TrainConfig.keep_checkpoints = 2",
     "train.TrainConfig.log_every_steps = 1",
     "evaluate.EvalConfig.max_label_length = 8",
@@ -123,8 +123,8 @@ def params(run: RunDir, step: int) -> dict[str, np.ndarray]:
 def test_a_killed_run_goes_on_on_another_machine_and_a_third_one_follows(
     url, records, undisturbed, tmp_path, monkeypatch, capsys
 ):
-    """SIGKILL as soon as one checkpoint is whole in the bucket; the end is that of the undisturbed run, to the
-    bit. The evaluator, which was there before the training, judges the last checkpoint."""
+    """SIGKILL as soon as one checkpoint is whole in the bucket; the end is that of the undisturbed
+    run, to the bit. The evaluator was there before the training, and judges its last checkpoint."""
     evaluator = start(tmp_path / "evaluator", "evaluate", "--run_dir", url, "--follow")
     first = start(tmp_path / "first", *train_args(records, url), code=KILLED)
     first.communicate(timeout=120)
@@ -138,14 +138,14 @@ def test_a_killed_run_goes_on_on_another_machine_and_a_third_one_follows(
     said = capsys.readouterr().out
     assert f"after step {reached}." in said and f"all is in {url}" in said
     (path,) = (tmp_path / "second").glob("*/train-*/run")
-    found, expected = params(RunDir(path), 30), params(undisturbed, 30)
+    found, expected = params(RunDir(path), 6), params(undisturbed, 6)
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
-    assert [row["step"] for row in read_json_rows(RunDir(path).metrics)] == list(range(1, 31))
-    assert sorted(bucket.checkpoints("checkpoints", bucket.find())) == [27, 30]
+    assert [row["step"] for row in read_json_rows(RunDir(path).metrics)] == list(range(1, 7))
+    assert sorted(bucket.checkpoints("checkpoints", bucket.find())) == [4, 6]
 
     output = evaluator.communicate(timeout=60)[0]
-    assert evaluator.returncode == 0 and "step 30: test" in output, output
+    assert evaluator.returncode == 0 and "step 6: test" in output, output
 
     monkeypatch.setenv("DSLT_MIRROR_DIR", str(tmp_path / "third"))
     (tmp_path / "inputs.txt").write_text("premise: ann has a red ball .\n")
@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_on_another_machine_and_a_third_one_follows(
             [
                 "export",
                 "--student",
-                f"{url}/checkpoints/30",
+                f"{url}/checkpoints/6",
                 "--output_dir",
                 str(tmp_path / "student"),
             ]
