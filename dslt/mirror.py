@@ -44,6 +44,7 @@ TRANSFERS = 8  # at a time
 
 IDENTITY = "mirror.json"
 MARKER = "_MIRROR"
+SCRATCH = "scratch-"
 
 TRAIN, EVALUATE = "train", "evaluate"
 _OF_EVALUATION = ("evaluations", "evaluations.jsonl", "best")
@@ -159,7 +160,7 @@ def pull_student(url: str) -> Path:
         path = bucket.mirror(f"student-{state[:16]}")
         if not path.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH) as scratch:
                 whole = Path(scratch) / path.name
                 bucket.get_all({name: whole / name for name in files})
                 whole.rename(path)
@@ -184,7 +185,8 @@ def pull_student(url: str) -> Path:
 
 
 class Bucket:
-    """Objects below a URL, by names relative to it. All errors are InputErrors.
+    """Objects below a URL, by names relative to it. All errors are InputErrors, but for an object
+    that is not there.
 
     Attributes:
       url: without credentials.
@@ -193,7 +195,7 @@ class Bucket:
     def __init__(self, url: str):
         """Raises InputError where what speaks to such a store is not installed."""
         self.url = hidden(url).rstrip("/")
-        self._secret = re.search(r"//([^/]*)@", url)
+        self._secret = re.search(r"//([^/]+)@", url)
         self._passed_over: set[tuple[str, int]] = set()
         try:
             import fsspec
@@ -294,7 +296,8 @@ class Bucket:
             list(pool.map(self.get, files.keys(), files.values()))
 
     def remove(self, names: list[str]) -> None:
-        self._try("delete", names[0], lambda: self._fs.rm([self._path(name) for name in names]))
+        with contextlib.suppress(FileNotFoundError):
+            self._try("delete", names[0], lambda: self._fs.rm([self._path(n) for n in names]))
 
     def checkpoints(self, directory: str, listing: dict[str, dict]) -> dict[int, dict[str, int]]:
         """The whole checkpoints in a directory of a listing: step → sizes of its files."""
@@ -345,8 +348,11 @@ class Bucket:
 
     def _said(self, error: Exception) -> str:
         """An error in a line, without the URL's credentials."""
-        line = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
-        return hidden(line.replace(self._secret[1], "***") if self._secret else line)
+        line = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if self._secret:
+            for secret in (self._secret[1], self._secret[1].partition(":")[2] or self._secret[1]):
+                line = line.replace(secret, "***")
+        return hidden(line)[:300]
 
 
 class Mirror:
@@ -367,6 +373,8 @@ class Mirror:
 
     def start(self) -> None:
         """Begins to look for what is new, in a thread."""
+        for left in self.path.parent.glob(f"{SCRATCH}*"):  # by a kill
+            shutil.rmtree(left)
         self._thread.start()
 
     def close(self) -> None:
@@ -476,7 +484,7 @@ class Mirror:
         """
         source = self.path / directory / str(step)
         prefix = f"{directory}/{step}"
-        with tempfile.TemporaryDirectory(dir=self.path.parent) as scratch:
+        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=SCRATCH) as scratch:
             links = Path(scratch) / str(step)
             try:
                 shutil.copytree(source, links, copy_function=_link)
@@ -583,7 +591,7 @@ def pull_checkpoint(
     if target.is_dir() and _sizes(target) == wanted:  # Orbax's names of files are random
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH) as scratch:
         whole = Path(scratch) / str(step)
         bucket.get_all({f"{directory}/{step}/{name}": whole / name for name in wanted})
         if (found := _sizes(whole)) != wanted:

@@ -273,6 +273,15 @@ def test_a_step_that_was_saved_again_is_sent_again(url, machine, tmp_path):
         )
 
 
+def test_what_a_kill_left_half_way_goes(url, machine):
+    with training(url) as path:
+        save(path, 3)
+    (path.parent / "scratch-1/3").mkdir(parents=True)
+    with training(url) as again:
+        assert again == path and [p.name for p in path.parent.iterdir()] == [path.name]
+    assert steps_in(url) == [3]
+
+
 def test_a_bucket_that_has_lost_its_checkpoints_does_not_begin_anew(url, machine):
     with training(url) as path:
         save(path, 3)
@@ -388,7 +397,7 @@ def test_an_identity_that_names_another_place_is_refused(url, machine):
 )
 def test_no_error_shows_the_credentials_in_a_url(given, says, url, machine, monkeypatch):
     def refuse(self, path, **_):
-        raise PermissionError(f"not allowed: {given} {path} with key:secret")
+        raise PermissionError(f"not allowed: {given} {path} with key:secret or secret")
 
     monkeypatch.setattr(FaultyFileSystem, "cat_file", refuse)
     with pytest.raises(InputError, match=says) as error, training(given):
