@@ -65,6 +65,7 @@ setup(
             "hypothesis>=6.170",
         ],
         "fuzz": ["atheris>=3.0.0"],  # tests/fuzz/run.py by coverage
+        "remote": ["fsspec>=2026.9.0"],  # --run_dir URL, with gcsfs, s3fs or their like
         "server": ["transformers[serving]>=5.23.0"],  # the tests ask a model that it serves
         "parity": ["torch==2.13.0"],  # the tests compare the model with PyTorch's
     },

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "metrics": (),
     "workdir": ("records", "metrics"),
     "signals": (),
+    "mirror": ("signals",),
     "model_card": ("workdir", "records", "metrics"),
     "distributed": ("signals",),
     "report": ("report", "workdir", "records", "metrics", "teacher.parse"),
@@ -52,6 +53,7 @@ MAY_INSTALL = {
     "errors": (),
     "files": (),
     "signals": (),
+    "mirror": ("fsspec",),
     "strict_json": (),
     "terminal": (),
     "records": ("numpy",),
@@ -69,6 +71,7 @@ HOMES = {
     "tensorflow": ("data",),
     "tensorflow_datasets": ("data",),
     "orbax": ("checkpoint",),
+    "fsspec": ("mirror",),
     "fastapi": ("serve",),
     "uvicorn": ("serve",),
 }
@@ -212,7 +215,10 @@ LIGHT = {
     ),
     "report": (["report/*.py"], ("jax", "flax", "orbax.checkpoint", *TENSORFLOW)),
     "stages": (["checkpoint/*.py", "train.py", "evaluate.py"], ("dslt.data", *TENSORFLOW)),
-    "main": (["main.py", "commands/*.py"], ("jax", "numpy", "dslt.core", "dslt.data", *TENSORFLOW)),
+    "main": (
+        ["main.py", "commands/*.py"],
+        ("jax", "numpy", "fsspec", "dslt.core", "dslt.data", *TENSORFLOW),
+    ),
 }
 LIST_LOADED = "import importlib, json, sys; [importlib.import_module(m) for m in sys.argv[1:]]; "
 LIST_LOADED += "print(json.dumps(sorted(sys.modules)))"

@@ -33,7 +33,8 @@ def add_student_flag(command) -> None:
     command.add_argument(
         "--student",
         required=True,
-        help="a run's directory (its best checkpoint), one checkpoint, or a Hugging Face directory",
+        help="a run's directory (its best checkpoint), one checkpoint, or a Hugging Face "
+        "directory; or the URL of one, such as gs://bucket/run",
     )
 
 

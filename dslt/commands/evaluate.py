@@ -1,10 +1,13 @@
 """`dslt evaluate`: a run's checkpoints, or predictions that are written already."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from dslt import mirror
 from dslt.commands.arguments import add_command, add_gin_flag
 from dslt.commands.processes import add_process_flags, start_processes
+from dslt.commands.remote import local_run
 from dslt.commands.students import answer_reader
 from dslt.errors import InputError
 
@@ -12,7 +15,9 @@ from dslt.errors import InputError
 def add(commands) -> None:
     command = add_command(commands, "evaluate", evaluate, "judge checkpoints, or predictions again")
     source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run_dir", help="judges its checkpoints that were not judged yet")
+    source.add_argument(
+        "--run_dir", help="judges its checkpoints that were not judged yet; or its URL"
+    )
     source.add_argument("--predictions", help="a predictions.jsonl to score again, without a model")
     command.add_argument(
         "--follow",
@@ -27,6 +32,12 @@ def add(commands) -> None:
 
 
 def evaluate(args) -> int | None:
+    """Judges in a directory; one in a bucket is mirrored on this machine."""
+    with local_run(args, partial(mirror.evaluating, follow=args.follow)):
+        return evaluate_here(args)
+
+
+def evaluate_here(args) -> int | None:
     """Prints a line a checkpoint and which is the best on validation.
 
     Returns 1 where it followed a training that has given no sign of life for too long.

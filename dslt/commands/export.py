@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dslt.commands.arguments import add_command, add_student_flag
+from dslt.commands.remote import local_student
 from dslt.commands.students import student_files
 
 
@@ -22,7 +23,7 @@ def export(args) -> None:
     from dslt.model_card import write_card
     from dslt.workdir import RunDir
 
-    path, output = Path(args.student), Path(args.output_dir)
+    path, output = local_student(args.student), Path(args.output_dir)
     format, vocabulary = student_files(path)
     mesh = sharding.make_mesh(sharding.MeshConfig())
     model_config, _, params = student.load(path, mesh)

@@ -7,6 +7,7 @@ from pathlib import Path
 from dslt import strict_json
 from dslt.commands.arguments import add_command, add_student_flag, fields_of, positive
 from dslt.commands.evaluate import make_answer_sets
+from dslt.commands.remote import local_student
 from dslt.commands.students import answer_reader, student_files
 from dslt.errors import InputError
 from dslt.terminal import printable
@@ -81,7 +82,7 @@ def predict(args) -> None:
                 f"{', '.join(idle)} given, but the strategy is {config.strategy!r}; expected "
                 f"--strategy {strategy} with it"
             )
-    path = Path(args.student)
+    path = local_student(args.student)
     format, vocabulary_path = student_files(path)
     config = dataclasses.replace(config, with_rationales=args.rationales)
     config, read_answer = answer_reader(config, format.target_layout, format.max_target_length)

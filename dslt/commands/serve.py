@@ -3,10 +3,10 @@
 import argparse
 import ipaddress
 import sys
-from pathlib import Path
 
 from dslt.commands.arguments import add_command, add_student_flag, fields_of, positive
 from dslt.commands.evaluate import make_answer_sets
+from dslt.commands.remote import local_student
 from dslt.commands.students import student_files
 from dslt.errors import InputError
 
@@ -57,7 +57,7 @@ def serve(args) -> None:
     if "labels" in given:
         given |= {"labels": tuple(args.labels), "answers": given.get("answers", "likelihood")}
     config = ServeConfig(**given)
-    path = Path(args.student)
+    path = local_student(args.student)
     format, vocabulary_path = student_files(path)
     vocabulary = load_vocabulary(vocabulary_path)
     if format.target_layout != LABEL:

@@ -5,8 +5,10 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from dslt import mirror
 from dslt.commands.arguments import add_command, add_gin_flag
 from dslt.commands.processes import add_process_flags, start_processes
+from dslt.commands.remote import local_run
 from dslt.errors import InputError
 from dslt.files import write_text
 from dslt.signals import INTERRUPTED
@@ -15,7 +17,11 @@ from dslt.signals import INTERRUPTED
 def add(commands) -> None:
     command = add_command(commands, "train", train, "train a student, or go on with its training")
     command.add_argument("gin_files", nargs="+", help="later files override earlier ones")
-    command.add_argument("--run_dir", required=True, help="made, or resumed if it is this run's")
+    command.add_argument(
+        "--run_dir",
+        required=True,
+        help="made, or resumed if it is this run's; or a URL such as gs://bucket/run",
+    )
     command.add_argument(
         "--branch_from",
         metavar="RUN",
@@ -27,6 +33,12 @@ def add(commands) -> None:
 
 
 def train(args) -> int:
+    """Trains in a directory; one in a bucket is mirrored on this machine."""
+    with local_run(args, mirror.training):
+        return train_here(args)
+
+
+def train_here(args) -> int:
     """Checks the configs, opens the data, says what will happen, and trains."""
     start_processes(args)
     from dslt import config, distributed

@@ -1,0 +1,688 @@
+"""A run in a bucket: worked on in a directory of this machine, its mirror, and written back.
+
+May import the standard library and signals; fsspec inside `Bucket` alone, so that plain paths do
+without it. Every command works on plain paths; a URL becomes one here:
+
+    with mirror.training("gs://bucket/run") as path:      # filled from the bucket, sent to it
+    with mirror.evaluating("gs://bucket/run", follow=True) as path:
+    path = mirror.pull_student("gs://bucket/run")
+
+The bucket holds what a run's directory holds (see workdir), and two files more:
+
+    RUN/mirror.json                which run this is, who writes it, its newest checkpoint
+    RUN/checkpoints/STEP/_MIRROR   names and sizes of the checkpoint's files
+
+An object store has no rename: files appear one after the other. So `_MIRROR` is written last, and a
+checkpoint without it, or with a file that is not as it says, is not there. Trainer and evaluator
+may be on two machines; each writes files of its own. What a reader waits for (run.json and
+evaluations.jsonl) is sent after what it speaks of.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from dslt import signals
+from dslt.errors import InputError
+from dslt.files import naming_full_disk, write_text
+
+SYNC_SECS = 10.0  # between looks at what is new, here and in the bucket
+RETRY_SECS = (1.0, 2.0, 4.0, 8.0)  # between attempts at one file
+TRANSFERS = 8  # at a time
+
+IDENTITY = "mirror.json"
+MARKER = "_MIRROR"
+SCRATCH = "scratch-"
+
+TRAIN, EVALUATE = "train", "evaluate"
+_OF_EVALUATION = ("evaluations", "evaluations.jsonl", "best")
+_CHECKPOINTS = {TRAIN: "checkpoints", EVALUATE: "best"}  # what each writes
+_LAST = {TRAIN: "run.json", EVALUATE: "evaluations.jsonl"}  # the file that speaks of the others
+
+_ADVICE = (
+    "several processes share one directory; mount the bucket (gcsfuse BUCKET DIRECTORY) on every "
+    "worker and name the directory there, as launch/tpu.sh does"
+)
+
+
+class Taken(InputError):
+    """Another training has taken the run over."""
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL, such as gs://bucket/run."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
+
+
+def hidden(url: str) -> str:
+    """The URL without the credentials that it may hold, as `https://key:secret@host/run`."""
+    return re.sub(r"//[^/]*@", "//***@", url)
+
+
+def refuse_several(url: str) -> None:
+    """Raises InputError, for commands that were asked to run in several processes."""
+    raise InputError(f"{hidden(url)}: {_ADVICE}")
+
+
+@contextlib.contextmanager
+def training(url: str) -> Iterator[Path]:
+    """A directory to train in, filled from the bucket; what appears in it is sent there.
+
+    At the end, by a signal or an error too, what is left is sent before the block is left.
+
+    Raises:
+      InputError: the bucket cannot be used, holds something else, or has lost its checkpoints;
+        in the end, not everything could be sent.
+    """
+    bucket = Bucket(url)
+    with _locked(bucket, TRAIN):
+        identity = bucket.identity()
+        if not identity and bucket.find():
+            raise InputError(
+                f"{bucket.url}: holds files that no run with this URL has written; expected an "
+                "empty place, or such a run. To use a run that was copied there, copy it back to "
+                "a directory of this machine, or mount the bucket"
+            )
+        identity.setdefault("run", uuid.uuid4().hex)
+        # The directory of the last session is as new as the bucket, or newer where not all of it
+        # could be sent. Any other is older, and stays as it is.
+        path = bucket.mirror(f"{TRAIN}-{identity.get('session')}")
+        if "session" not in identity or not path.is_dir():
+            identity["session"] = uuid.uuid4().hex
+            path = bucket.mirror(f"{TRAIN}-{identity['session']}")
+            pull_training(bucket, identity, path)
+            bucket.write(IDENTITY, _json(identity))
+        print(f"mirror      {bucket.url} in {path}", flush=True)
+        with _synchronised(Mirror(bucket, path, TRAIN, identity)):
+            yield path
+
+
+@contextlib.contextmanager
+def evaluating(url: str, follow: bool = False) -> Iterator[Path]:
+    """A directory with the run's checkpoints, which are pulled as they come; without optimizer
+    state. Evaluations and the best checkpoint are sent to the bucket.
+
+    Args:
+      follow: wait for a run that has not begun.
+
+    Raises:
+      InputError: there is no such run; in the end, not everything could be sent.
+    """
+    bucket = Bucket(url)
+    with _locked(bucket, EVALUATE):
+        identity = bucket.identity()
+        if not identity and not follow:
+            raise InputError(f"{bucket.url}: holds no run; expected one that `dslt train` wrote")
+        if not identity:
+            print(f"waiting for `dslt train` to start {bucket.url}", flush=True)
+        while not identity:
+            time.sleep(SYNC_SECS)
+            identity = bucket.identity()
+        path = bucket.mirror(f"{EVALUATE}-{identity['run']}")
+        path.mkdir(parents=True, exist_ok=True)
+        rows = bucket.read("evaluations.jsonl")
+        if rows is not None:
+            write_text(path / "evaluations.jsonl", rows.decode())
+        mirror = Mirror(bucket, path, EVALUATE, identity)
+        mirror.pull()
+        print(f"mirror      {bucket.url} in {path}", flush=True)
+        with _synchronised(mirror):
+            yield path
+
+
+def pull_student(url: str) -> Path:
+    """A directory with the student at `url` (a run, a checkpoint of it, or a Hugging Face
+    directory): of a run its best checkpoint, else its newest, without optimizer state.
+
+    Raises:
+      InputError: there is none.
+    """
+    *_, parent, name = ["", "", *url.rstrip("/").split("/")]
+    step = int(name) if parent in _CHECKPOINTS.values() and name.isdigit() else None
+    root = url.rstrip("/").removesuffix(f"/{parent}/{name}") if step is not None else url
+    bucket = Bucket(root)
+    listing = bucket.find()
+    if "config.json" in listing:  # Hugging Face's
+        files = {name: details for name, details in listing.items() if "/" not in name}
+        state = hashlib.sha256(_state(files).encode()).hexdigest()
+        path = bucket.mirror(f"student-{state[:16]}")
+        if not path.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH) as scratch:
+                whole = Path(scratch) / path.name
+                bucket.get_all({name: whole / name for name in files})
+                whole.rename(path)
+        return path
+    if IDENTITY not in listing:
+        raise InputError(
+            f"{bucket.url}: holds neither a run that `dslt train` wrote there nor a Hugging Face "
+            "directory; expected one of them. A run that was copied there: copy it back first"
+        )
+    path = bucket.mirror(f"student-{bucket.identity()['run']}")
+    names = ("run.json", "config.gin", "student.json", "evaluations.jsonl")
+    wanted = [name for name in listing if name in names or name.startswith("vocabulary/")]
+    bucket.get_all({name: path / name for name in wanted})
+    for directory in [parent] if step is not None else ["best", "checkpoints"]:
+        found = bucket.checkpoints(directory, listing)
+        chosen = max(found, default=None) if step is None else step
+        remove_steps(path / directory, keep={chosen})
+        if chosen in found:
+            pull_checkpoint(bucket, path, directory, chosen, found[chosen], without=("opt_state",))
+            return path if step is None else path / directory / str(step)
+    raise InputError(f"{hidden(url)}: holds no whole checkpoint; expected one by `dslt train`")
+
+
+class Bucket:
+    """Objects below a URL, by names relative to it. All errors are InputErrors, but for an object
+    that is not there.
+
+    Attributes:
+      url: without credentials.
+    """
+
+    def __init__(self, url: str):
+        """Raises InputError where what speaks to such a store is not installed."""
+        self.url = hidden(url).rstrip("/")
+        self._secret = re.search(r"//([^/]+)@", url)
+        self._passed_over: set[tuple[str, int]] = set()
+        try:
+            import fsspec
+        except ModuleNotFoundError:
+            raise InputError(
+                f"{self.url}: fsspec is not installed; expected pip install 'dslt[remote]'"
+            ) from None
+        options = {"auto_mkdir": True} if url.startswith(("file:", "local:")) else {}
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"), **options)
+        except (ImportError, ValueError) as error:
+            raise InputError(
+                f"{self.url}: {self._said(error)}; expected a URL that fsspec knows, and its "
+                "package: pip install gcsfs for gs://, s3fs for s3://, adlfs for az://"
+            ) from None
+
+    def mirror(self, name: str) -> Path:
+        """Where on this machine a mirror of this bucket lies; its last part is the run's name."""
+        given = os.environ.get("DSLT_MIRROR_DIR")
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        base = Path(given).absolute() if given else Path(cache) / "dslt" / "mirror"
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        return base / digest / name / (PurePosixPath(self._root).name or "run")
+
+    def find(self, under: str = "") -> dict[str, dict]:
+        """All objects, by name, with what the store says of each."""
+
+        def find() -> dict:
+            self._fs.invalidate_cache()
+            return self._fs.find(self._path(under), detail=True)
+
+        try:
+            found = self._try("list", under, find)
+        except FileNotFoundError:
+            return {}
+        root = self._path("")
+        names = {path.removeprefix(root): info for path, info in found.items() if path != root}
+        for name in names:
+            if {"", ".", ".."} & set(name.split("/")):
+                raise InputError(f"{self.url}: holds an object {name!r}, which is no file's name")
+        return names
+
+    def read(self, name: str) -> bytes | None:
+        """An object's content; None if there is none."""
+        try:
+            return self._try("read", name, lambda: self._fs.cat_file(self._path(name)))
+        except FileNotFoundError:
+            return None
+
+    def read_json(self, name: str) -> dict:
+        """A JSON object; {} if there is none."""
+        content = self.read(name)
+        try:
+            found = {} if content is None else json.loads(content)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(f"{self.url}/{name}: is no JSON object; it was changed by another")
+        return found
+
+    def identity(self) -> dict:
+        """Which run this is; {} if there is none."""
+        found = self.read_json(IDENTITY)
+        named = [found.get("run", ""), found.get("session", "")]  # they become directories
+        if found and not all(re.fullmatch("[0-9a-f]{32}", str(name)) for name in named):
+            raise InputError(f"{self.url}/{IDENTITY}: is not what `dslt train` writes; restore it")
+        return found
+
+    def write(self, name: str, content: bytes) -> None:
+        self._try("write", name, lambda: self._fs.pipe_file(self._path(name), content))
+
+    def put(self, path: Path, name: str) -> None:
+        """Sends a file. One that went meanwhile is passed over."""
+        with contextlib.suppress(FileNotFoundError):
+            self._try("write", name, lambda: self._fs.put_file(str(path), self._path(name)), path)
+
+    def put_all(self, files: dict[Path, str]) -> None:
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(self.put, files.keys(), files.values()))
+
+    def get(self, name: str, path: Path) -> None:
+        """Fetches a file, which appears whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+
+        def get() -> None:
+            with naming_full_disk(path):
+                self._fs.get_file(self._path(name), str(partial))
+
+        try:
+            self._try("read", name, get)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def get_all(self, files: dict[str, Path]) -> None:
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            list(pool.map(self.get, files.keys(), files.values()))
+
+    def remove(self, names: list[str]) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._try("delete", names[0], lambda: self._fs.rm([self._path(n) for n in names]))
+
+    def checkpoints(self, directory: str, listing: dict[str, dict]) -> dict[int, dict[str, int]]:
+        """The whole checkpoints in a directory of a listing: step → sizes of its files."""
+        found = {}
+        for step, files in steps_of(directory, listing).items():
+            if MARKER not in files:
+                continue
+            stated = self.read_json(f"{directory}/{step}/{MARKER}").get("files")
+            if isinstance(stated, dict) and stated and stated.items() <= files.items():
+                found[step] = stated
+            elif (directory, step) not in self._passed_over:
+                self._passed_over.add((directory, step))
+                where = f"{self.url}/{directory}/{step}"
+                print(
+                    f"warning: {where}: is passed over: not all its files are there as they were "
+                    "sent",
+                    file=sys.stderr,
+                )
+        return found
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _try(self, verb: str, name: str, function: Callable, source: Path | None = None):
+        """Calls a function, again after a while where the store fails.
+
+        Raises FileNotFoundError where an object that is read, or the `source` that is sent, is not
+        there; otherwise InputError.
+        """
+        where = f"{self.url}/{name}" if name else self.url
+        for pause in (*RETRY_SECS, None):
+            try:
+                return function()
+            except InputError:
+                raise
+            except Exception as error:  # each store has its own types
+                is_absent = isinstance(error, FileNotFoundError)
+                is_lasting = is_absent or isinstance(error, PermissionError)
+                is_lasting |= "Credentials" in type(error).__name__  # botocore's, google.auth's
+                if is_absent and (verb != "write" or (source and not source.exists())):
+                    raise FileNotFoundError(f"{where}: is not there any more") from None
+                if pause is None or is_lasting:
+                    raise InputError(
+                        f"{where}: cannot {verb} it ({self._said(error)}); expected a bucket that "
+                        "exists and credentials that may read and write there"
+                    ) from None
+                time.sleep(pause)
+
+    def _said(self, error: Exception) -> str:
+        """An error in a line, without the URL's credentials."""
+        line = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if self._secret:
+            for secret in (self._secret[1], self._secret[1].partition(":")[2] or self._secret[1]):
+                line = line.replace(secret, "***")
+        return hidden(line)[:300]
+
+
+class Mirror:
+    """A directory of this machine and the bucket of which it is the mirror.
+
+    Attributes:
+      path: the directory.
+      role: TRAIN or EVALUATE: which files this side writes.
+    """
+
+    def __init__(self, bucket: Bucket, path: Path, role: str, identity: dict):
+        self.bucket, self.path, self.role = bucket, path, role
+        self._identity = identity
+        self._sent: dict[str, object] = {}  # name → as what it was sent last
+        self._pulled: dict[str, str] = {}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._synchronise, daemon=True)
+
+    def start(self) -> None:
+        """Begins to look for what is new, in a thread."""
+        for left in self.path.parent.glob(f"{SCRATCH}*"):  # by a kill
+            shutil.rmtree(left)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Sends what is left. Raises InputError where that fails."""
+        self._is_over.set()
+        print(f"sending what is left to {self.bucket.url}", flush=True)
+        self._thread.join()
+        try:
+            self.push()
+        except Taken:
+            raise
+        except InputError as error:
+            raise InputError(
+                f"{error}. Not everything is in the bucket; it is whole in {self.path}, and the "
+                "same command on this machine sends it"
+            ) from None
+        print(f"all is in {self.bucket.url}", flush=True)
+
+    def _synchronise(self) -> None:
+        said = ""
+        while not self._is_over.wait(SYNC_SECS):
+            try:
+                if self.role == EVALUATE:
+                    self.pull()
+                self.push()
+                said = ""
+            except (InputError, OSError) as error:  # the next round tries again, and the last says
+                if str(error) != said:
+                    said = str(error)
+                    print(f"\nwarning: {said}; tried again later", file=sys.stderr, flush=True)
+
+    def push(self) -> None:
+        """Sends what is new: files, then checkpoints, then the file that speaks of them."""
+        last = self.path / _LAST[self.role]
+        content = last.read_bytes() if last.exists() else None  # before a look at the others
+        directory = _CHECKPOINTS[self.role]
+        steps = local_steps(self.path / directory)
+        self._push_files()
+        if self.role == TRAIN and content is not None:
+            # A checkpoint needs run.json; `finished` would tell an evaluator that none will come.
+            running = json.loads(content)
+            if running.get("state") != "running" and self._sent.get(last.name) != content:
+                self._write(last.name, _json(running | {"state": "running"}))
+            else:
+                self._write(last.name, content)
+        if self._sent.get(directory) != steps:
+            self._push_checkpoints(directory, steps)
+        if content is not None:
+            self._write(last.name, content)
+
+    def _write(self, name: str, content: bytes) -> None:
+        if self._sent.get(name) != content:
+            self._check_owner()
+            self.bucket.write(name, content)
+            self._sent[name] = content
+
+    def _push_files(self) -> None:
+        new = {}
+        for name in self._own_files():
+            with contextlib.suppress(FileNotFoundError):
+                status = (self.path / name).stat()
+                new[name] = (status.st_size, status.st_mtime_ns)
+        new = {name: state for name, state in new.items() if self._sent.get(name) != state}
+        if new:
+            self._check_owner()
+        self.bucket.put_all({self.path / name: name for name in new})
+        self._sent |= new
+
+    def _own_files(self) -> Iterator[str]:
+        """Names of this side's files outside of checkpoints, but the one that is sent last."""
+        for directory, inside, files in os.walk(self.path):  # passes over what goes meanwhile
+            base = Path(directory)
+            if base == self.path:
+                is_evaluation = self.role == EVALUATE
+                apart = (*_CHECKPOINTS.values(), _LAST[self.role])
+                for names in (inside, files):
+                    names[:] = [
+                        name
+                        for name in names
+                        if (name in _OF_EVALUATION) == is_evaluation and name not in apart
+                    ]
+            for name in files:
+                if not name.endswith(".partial") and not (base / name).is_symlink():
+                    yield (base / name).relative_to(self.path).as_posix()
+
+    def _push_checkpoints(self, directory: str, steps: dict[int, object]) -> None:
+        """Sends checkpoints that are not in the bucket; then deletes there what is gone here."""
+        self._check_owner()
+        there = steps_of(directory, self.bucket.find(directory))
+        are_sent = [
+            self._push_checkpoint(directory, step, there.get(step, {})) for step in sorted(steps)
+        ]
+        if not steps or not all(are_sent):
+            return
+        for step in there.keys() - steps.keys():
+            prefix = f"{directory}/{step}"
+            if MARKER in there[step]:  # first: what is left without it counts for nothing
+                self.bucket.remove([f"{prefix}/{MARKER}"])
+            if names := there[step].keys() - {MARKER}:
+                self.bucket.remove([f"{prefix}/{name}" for name in names])
+        self._sent[directory] = steps
+
+    def _push_checkpoint(self, directory: str, step: int, there: dict[str, int]) -> bool:
+        """Sends one, unless the bucket has it; False where newer ones have replaced it meanwhile.
+
+        Hard links keep its files until they are sent, though training deletes them.
+        """
+        source = self.path / directory / str(step)
+        prefix = f"{directory}/{step}"
+        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=SCRATCH) as scratch:
+            links = Path(scratch) / str(step)
+            try:
+                shutil.copytree(source, links, copy_function=_link)
+            except (shutil.Error, FileNotFoundError):
+                if source.exists():
+                    raise
+                return False
+            sizes = _sizes(links)
+            if MARKER in there:
+                stated = self.bucket.read_json(f"{prefix}/{MARKER}").get("files")
+                if stated == sizes and sizes.items() <= there.items():  # names are random
+                    return True
+                self.bucket.remove([f"{prefix}/{MARKER}"])
+            self.bucket.put_all({links / name: f"{prefix}/{name}" for name in sizes})
+            self._check_owner()
+            self.bucket.write(f"{prefix}/{MARKER}", _json({"files": sizes}))
+        if self.role == TRAIN:
+            self._identity["newest"] = step
+            self.bucket.write(IDENTITY, _json(self._identity))
+        return True
+
+    def _check_owner(self) -> None:
+        """Raises Taken."""
+        if self.role != TRAIN:
+            return
+        found = self.bucket.identity().get("session")
+        if found != self._identity["session"]:
+            raise Taken(
+                f"{self.bucket.url}: another `dslt train` has taken this run over, and nothing "
+                f"more of this one is sent; what it has learnt lies in {self.path}"
+            )
+
+    def pull(self) -> None:
+        """Fetches what the trainer has written since; run.json, which may end a wait, last."""
+        info = self.bucket.read("run.json")
+        listing = self.bucket.find()
+        new = {}
+        for name, details in listing.items():
+            is_wanted = name in ("config.gin", "student.json", "heartbeat.json")
+            state = _state(details)
+            if (is_wanted or name.startswith("vocabulary/")) and self._pulled.get(name) != state:
+                new[name] = state
+        self.bucket.get_all({name: self.path / name for name in new})
+        self._pulled |= new
+        found = self.bucket.checkpoints("checkpoints", listing)
+        for step, sizes in sorted(found.items()):
+            with contextlib.suppress(FileNotFoundError):  # training has deleted it meanwhile
+                pull_checkpoint(
+                    self.bucket, self.path, "checkpoints", step, sizes, without=("opt_state",)
+                )
+        remove_steps(self.path / "checkpoints", keep=found.keys())
+        if info is not None:
+            write_text(self.path / "run.json", info.decode())
+
+
+def pull_training(bucket: Bucket, identity: dict, path: Path) -> None:
+    """Fills a directory with what a training needs to go on; only once whole it is at `path`.
+
+    Without a whole checkpoint in the bucket it is empty: the run begins anew.
+
+    Raises:
+      InputError: there was a whole checkpoint, and there is none now.
+    """
+    listing = bucket.find()
+    found = bucket.checkpoints("checkpoints", listing)
+    partial = steps_of("checkpoints", listing).keys() - found.keys()
+    for step in sorted(partial):
+        print(f"{bucket.url}/checkpoints/{step}: was not sent whole, and is left out", flush=True)
+    if not found and "newest" in identity:
+        raise InputError(
+            f"{bucket.url}: the checkpoint of step {identity['newest']} was there, and none is "
+            "whole now; restore one from a copy, or choose another --run_dir to begin anew"
+        )
+    scratch = path.with_name(path.name + ".pulling")
+    scratch.mkdir(parents=True)
+    if found:
+        apart = (*_OF_EVALUATION, "checkpoints", "damaged", IDENTITY)
+        wanted = [name for name in listing if name.partition("/")[0] not in apart]
+        bucket.get_all({name: scratch / name for name in wanted})
+        for step, sizes in found.items():
+            pull_checkpoint(bucket, scratch, "checkpoints", step, sizes)
+    scratch.rename(path)
+
+
+def pull_checkpoint(
+    bucket: Bucket,
+    path: Path,
+    directory: str,
+    step: int,
+    sizes: dict[str, int],
+    without: tuple[str, ...] = (),
+) -> None:
+    """Fetches a checkpoint, unless it is there; its directory appears whole or not at all.
+
+    Args:
+      sizes: of its files.
+      without: items that are left in the bucket.
+
+    Raises:
+      FileNotFoundError: it is not there any more.
+    """
+    target = path / directory / str(step)
+    wanted = {name: n for name, n in sizes.items() if name.partition("/")[0] not in without}
+    if target.is_dir() and _sizes(target) == wanted:  # Orbax's names of files are random
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH) as scratch:
+        whole = Path(scratch) / str(step)
+        bucket.get_all({f"{directory}/{step}/{name}": whole / name for name in wanted})
+        if (found := _sizes(whole)) != wanted:
+            raise InputError(
+                f"{bucket.url}/{directory}/{step}: found files of {sum(found.values()):,} bytes, "
+                f"expected {sum(wanted.values()):,}; start the same command again"
+            )
+        remove_steps(target.parent, keep=local_steps(target.parent).keys() - {step})
+        whole.rename(target)
+
+
+def steps_of(directory: str, listing: dict[str, dict]) -> dict[int, dict[str, int]]:
+    """The steps in a directory of a listing, whole or not: step → file → size."""
+    found: dict[int, dict[str, int]] = {}
+    for name, details in listing.items():
+        first, _, rest = name.partition("/")
+        step, _, file = rest.partition("/")
+        if first == directory and step.isdigit() and file:
+            found.setdefault(int(step), {})[file] = details["size"]
+    return found
+
+
+def local_steps(directory: Path) -> dict[int, tuple[int, int]]:
+    """The finished checkpoints in a directory, which Orbax renames when they are whole: step →
+    what tells one from a later one of the same step.
+    """
+    found = {}
+    for path in directory.iterdir() if directory.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            if path.name.isdigit():
+                found[int(path.name)] = (path.stat().st_ino, path.stat().st_mtime_ns)
+    return found
+
+
+def remove_steps(directory: Path, keep) -> None:
+    """Deletes pulled checkpoints, copies of what is or was in the bucket."""
+    for step in local_steps(directory).keys() - set(keep):
+        shutil.rmtree(directory / str(step))
+
+
+@contextlib.contextmanager
+def _synchronised(mirror: Mirror) -> Iterator[None]:
+    """Sends and fetches while the block runs, and once more in the end, whatever ended it."""
+    mirror.start()
+    try:
+        yield
+    except BaseException:
+        with signals.deferred():  # a second signal leaves at once
+            try:
+                mirror.close()
+            except InputError as error:
+                print(f"warning: {error}", file=sys.stderr)
+        raise
+    with signals.deferred():
+        mirror.close()
+
+
+@contextlib.contextmanager
+def _locked(bucket: Bucket, role: str) -> Iterator[None]:
+    """Raises InputError where another process of this machine does the same with the bucket."""
+    path = bucket.mirror("x").parents[1] / f"{role}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{bucket.url}: another `dslt {role}` on this machine works on it; wait for it to "
+                "end, or stop it"
+            ) from None
+        yield
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # no hard links here
+        shutil.copy2(source, target)
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+
+
+def _state(details: dict) -> str:
+    """What changes when objects are written anew, as the store describes them."""
+    return json.dumps(details, sort_keys=True, default=str)
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
