@@ -46,7 +46,7 @@ def test_kinds_of_memory_are_those_of_the_shardings_and_sum_to_the_peak(planned)
     of_params = ((num_params - whole) // 8 + whole) * 4
     assert memory.kinds["parameters"] == memory.kinds["gradients"] == of_params
     assert memory.kinds["optimizer state"] == 2 * of_params + 3 * 4  # two moments, three counters
-    assert memory.kinds["batch"] == 2 * (2 * 24 + 5 * 12) * 4  # two rows a device
+    assert memory.kinds["batch"] == 2 * (2 * 24 + 6 * 12) * 4  # two rows a device
     assert sum(memory.kinds.values()) + memory.rest == memory.peak
     assert memory.rest > 0
 
