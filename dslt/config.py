@@ -9,6 +9,7 @@ is silently ignored, a mistyped parameter is an error. Overrides need no imports
 """
 
 import dataclasses
+import difflib
 import re
 import sys
 import tokenize
@@ -253,8 +254,11 @@ def _find(name: str) -> Path:
     shipped = sorted(
         str(path.relative_to(gin_directory())) for path in gin_directory().rglob("*.gin")
     )
+    near = difflib.get_close_matches(name, shipped)
     raise InputError(
-        f"{name}: is no file here and no shipped gin file. Shipped gin files: {', '.join(shipped)}"
+        f"{name}: is no file here and no shipped gin file. "
+        + (f"Did you mean {' or '.join(near)}? " if near else "")
+        + f"Shipped gin files: {', '.join(shipped)}"
     )
 
 

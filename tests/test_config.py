@@ -138,3 +138,10 @@ def test_a_gin_file_runs_nothing(tmp_path, monkeypatch):
         with pytest.raises(InputError):
             parse([name])
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_mistyped_file_is_told_its_neighbours():
+    with pytest.raises(InputError, match=r"Did you mean sweeps/embedded\.gin"):
+        parse_sweep(["sweeps/embeded.gin"])
+    with pytest.raises(InputError, match=r"no shipped gin file\. Shipped gin files: models/"):
+        parse(["qqqq"])
