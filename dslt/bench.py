@@ -33,7 +33,7 @@ from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
 from dslt.records import EvalInput
 from dslt.start import new_state
-from dslt.train import TrainConfig, compile_step, put_batch
+from dslt.train import TrainConfig, compile_step
 
 PROFILED_STEPS = 3
 MATMUL_SIZE = 2048  # of the products that measure a peak where no data sheet is known
@@ -97,7 +97,7 @@ class StepBench:
         return secs
 
     def _place(self, batch: Batch) -> Batch:
-        return put_batch(pad_rows(batch, self._multiple), self.mesh)
+        return sharding.put_batch(pad_rows(batch, self._multiple), self.mesh)
 
     def peak_bytes(self) -> int:
         """Of one device, arguments included, as compiled."""

@@ -21,7 +21,8 @@ from dslt.checkpoint.integrity import DamagedCheckpoint
 from dslt.checkpoint.layout import Layout
 from dslt.checkpoint.manager import CheckpointManager, finished_steps
 from dslt.core import sharding, t5
-from dslt.core.batch import EOS_ID, PAD_ID
+from dslt.core.answers import AnswerSet, shares_of
+from dslt.core.batch import PAD_ID
 from dslt.core.continuous import ContinuousDecoder
 from dslt.core.decode import DecodeConfig
 from dslt.core.sharding import MeshConfig
@@ -85,18 +86,6 @@ class EvalConfig(DecodeConfig):
                 f"EvalConfig.answers is 'trie' and strategy is {self.strategy!r}; expected "
                 "strategy 'greedy', or answers 'likelihood', which looks at the whole set"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class AnswerSet:
-    """What an example may be answered with: texts, and for each its own tokens, EOS included."""
-
-    texts: tuple[str, ...]
-    tokens: tuple[tuple[int, ...], ...]
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """The answer of these tokens, EOS left off: its own text, whatever they decode to."""
-        return self.texts[self.tokens.index((*tokens, EOS_ID))]
 
 
 class Decoder:
@@ -175,9 +164,8 @@ class Decoder:
                 )
             return [row.tolist() for row in scores]
 
-        scores = [np.asarray(row) for row in distributed.divide(len(inputs), score_share)]
-        shares = [np.exp(row - row.max()) for row in scores]
-        return [share / share.sum() for share in shares]
+        scores = distributed.divide(len(inputs), score_share)
+        return [shares_of(np.asarray(row)) for row in scores]
 
 
 def _progress(total: int, description: str) -> tqdm:
@@ -202,10 +190,7 @@ def answer(
     """
     if config.answers == "likelihood":
         found = decoder.distributions(inputs, answer_sets, "labels")
-        distributions = [
-            dict(sorted(zip(of.texts, row.tolist(), strict=True), key=lambda pair: -pair[1]))
-            for of, row in zip(answer_sets, found, strict=True)
-        ]
+        distributions = [of.ranked(row) for of, row in zip(answer_sets, found, strict=True)]
         return [next(iter(row)) for row in distributions], distributions
     if config.answers == "trie":
         tokens = decoder(inputs, config.max_label_length, "labels", config, answer_sets)

@@ -24,17 +24,16 @@ def replacing(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # a machine may be taken away, not only the process
-        partial.replace(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if full := full_disk_error(path, error):
-            raise full from None
-        raise
+    with naming_full_disk(path):
+        try:
+            with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # a machine may be taken away, not only the process
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

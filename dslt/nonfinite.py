@@ -89,14 +89,10 @@ def replay(directory: Path, config) -> Iterator[str]:
     compute = partial(
         gradient_of,
         graphdef=graphdef,
-        rationale_weight=config.rationale_weight,
-        seed=config.seed,
-        accumulation_steps=config.accumulation_steps,
-        consistency_weight=config.consistency_weight,
-        consistency_temperature=config.consistency_temperature,
         mesh=mesh,
+        **config.gradient_settings(),
     )
-    placed = Batch(*(sharding.put_rows(array, mesh, None, None) for array in batch))
+    placed = sharding.put_batch(batch, mesh)
     (loss, (sums, _)), grads = jax.device_get(jax.jit(compute)(params, placed, np.int32(step - 1)))
     yield f"loss {loss}, label and rationale nats {sums.nll.tolist()}"
     for name, tree in (("parameter", jax.device_get(params)), ("gradient", grads)):

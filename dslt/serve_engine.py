@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ import prometheus_client
 
 from dslt.checkpoint import student
 from dslt.core import sharding
+from dslt.core.answers import AnswerSet, shares_of
 from dslt.core.batch import EOS_ID
 from dslt.core.stream import Stream, StreamPrograms, sizes
 from dslt.errors import InputError
@@ -77,13 +78,6 @@ class ServeConfig:
             )
         if len(self.labels) > MAX_ANSWERS:
             raise InputError(f"{len(self.labels)} labels; expected {MAX_ANSWERS} at most")
-
-
-class AnswerSet(Protocol):
-    """What an input may be answered with: texts, and for each its own tokens, EOS included."""
-
-    texts: Sequence[str]
-    tokens: Sequence[Sequence[int]]
 
 
 class Label(NamedTuple):
@@ -305,9 +299,7 @@ class Engine:
             return self._decode_text(tokens)
         if work.answers is not None:
             scores = self._score(work, work.answers.tokens)
-            shares = np.exp(scores - scores.max())
-            pairs = zip(work.answers.texts, (shares / shares.sum()).tolist(), strict=True)
-            distribution = dict(sorted(pairs, key=lambda pair: -pair[1]))
+            distribution = work.answers.ranked(shares_of(scores))
             return Label(*next(iter(distribution.items())), distribution)
         has_ended = len(tokens) < self.config.max_label_length
         scores = self._score(work, [[*tokens, EOS_ID] if has_ended else tokens])

@@ -184,8 +184,7 @@ def is_done(run: RunDir) -> bool:
     """Whether a run has finished and every checkpoint that it kept has been judged."""
     if run.state() != "finished":
         return False
-    kept = {int(step.name) for step in run.checkpoints.iterdir() if step.name.isdigit()}
-    return kept <= {row["step"] for row in read_json_rows(run.evaluations)}
+    return run.checkpoint_steps() <= {row["step"] for row in read_json_rows(run.evaluations)}
 
 
 def equal_compute_steps(num_steps: int, own_flops: float, two_task_flops: float) -> int:

@@ -21,7 +21,7 @@ from dslt.checkpoint.manager import CheckpointManager
 from dslt.core import attention, sharding, topology
 from dslt.core.batch import Batch, BatchCounts
 from dslt.core.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from dslt.core.sharding import MeshConfig
+from dslt.core.sharding import MeshConfig, put_batch
 from dslt.core.t5 import T5Config
 from dslt.core.train_step import (
     ON_NONFINITE,
@@ -109,6 +109,12 @@ class TrainConfig:
         for field in (*counts, "keep_checkpoints"):
             if getattr(self, field) < 1:
                 raise InputError(f"TrainConfig.{field} is {getattr(self, field)}; expected >= 1")
+
+    def gradient_settings(self) -> dict:
+        """The fields that are arguments of `train_step.gradient_of`."""
+        names = ("rationale_weight", "seed", "accumulation_steps")
+        names += ("consistency_weight", "consistency_temperature")
+        return {name: getattr(self, name) for name in names}
 
 
 class BatchStream(Protocol):
@@ -274,14 +280,10 @@ def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, sta
         train_step,
         graphdef=graphdef,
         optimizer=optimizer,
-        rationale_weight=config.rationale_weight,
         clip_norm=optimizer_config.clip_norm,
-        seed=config.seed,
-        accumulation_steps=config.accumulation_steps,
-        consistency_weight=config.consistency_weight,
-        consistency_temperature=config.consistency_temperature,
         on_nonfinite=config.on_nonfinite,
         mesh=mesh,
+        **config.gradient_settings(),
     )
     return jax.jit(
         step,
@@ -290,10 +292,3 @@ def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, sta
         donate_argnums=0,
         compiler_options=topology.compiler_options(mesh.devices.flat[0]),
     )
-
-
-def put_batch(
-    batch: Batch, mesh, rows: np.ndarray | None = None, num_rows: int | None = None
-) -> Batch:
-    """Numpy arrays, whole or of this process's `rows`, to global device arrays of `num_rows`."""
-    return Batch(*(sharding.put_rows(array, mesh, rows, num_rows) for array in batch))

@@ -105,8 +105,12 @@ class RunDir:
 
     def has_checkpoints(self) -> bool:
         """Whether there is something to resume; until then the run may begin anew."""
-        steps = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return any(step.name.isdigit() for step in steps)
+        return bool(self.checkpoint_steps())
+
+    def checkpoint_steps(self) -> set[int]:
+        """Those of the checkpoints on disk, damaged ones included."""
+        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return {int(path.name) for path in found if path.name.isdecimal()}
 
     def has_saved(self, save_every_steps: int) -> bool:
         """Whether a checkpoint was written once, wherever it is now.

@@ -6,14 +6,14 @@ import pytest
 
 from dslt.checkpoint import hf_t5
 from dslt.core import t5
-from dslt.core.answers import score_answers
+from dslt.core.answers import AnswerSet, score_answers
 from dslt.core.batch import EOS_ID
 from dslt.core.continuous import pad_answers, pad_rows
 from dslt.core.decode import DecodeConfig, decode_batch
 from dslt.core.sharding import MeshConfig
 from dslt.data.vocabulary import ByteVocabulary
 from dslt.errors import InputError
-from dslt.evaluate import AnswerSet, Decoder, EvalConfig, answer, predict
+from dslt.evaluate import Decoder, EvalConfig, answer, predict
 from dslt.records import EvalInput, Example
 
 MODEL = t5.T5Config(

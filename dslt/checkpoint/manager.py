@@ -14,9 +14,8 @@ here deletes one: it stays, or is set aside where its step has to be saved again
         state = manager.restore(1000, abstract_state)
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -33,7 +32,7 @@ from dslt.checkpoint.integrity import (
 from dslt.checkpoint.layout import Layout
 from dslt.core.train_step import TrainState
 from dslt.errors import InputError
-from dslt.files import full_disk_error
+from dslt.files import naming_full_disk
 
 
 class CheckpointManager:
@@ -85,7 +84,7 @@ class CheckpointManager:
 
     def __exit__(self, *_):
         """Waits for the save in progress."""
-        with self._saving():
+        with naming_full_disk(self.directory):
             self._manager.close()
 
     def steps(self) -> list[int]:
@@ -113,18 +112,8 @@ class CheckpointManager:
         content["checksum"] = checksum(content)
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args["layout"] = ocp.args.JsonSave(content)
-        with self._saving():
+        with naming_full_disk(self.directory):
             self._manager.save(step, args=ocp.args.Composite(**args), force=force)
-
-    @contextlib.contextmanager
-    def _saving(self) -> Iterator[None]:
-        """Turns a full disk into an InputError, whatever Orbax makes of it."""
-        try:
-            yield
-        except Exception as error:
-            if full := full_disk_error(self.directory, error):
-                raise full from None
-            raise
 
     def replace_all(self, step: int, params: dict, layout: Layout) -> None:
         """Leaves this checkpoint of parameters alone in the directory, whatever steps were there.
@@ -143,7 +132,7 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Until everything saved so far is on disk."""
-        with self._saving():
+        with naming_full_disk(self.directory):
             self._manager.wait_until_finished()
 
     def layout(self, step: int) -> Layout:

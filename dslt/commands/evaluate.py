@@ -110,8 +110,8 @@ def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> l
     Raises:
       InputError: an input has no answers to choose from, or an answer is too long.
     """
+    from dslt.core.answers import AnswerSet
     from dslt.core.batch import EOS_ID
-    from dslt.evaluate import AnswerSet
     from dslt.teacher.parse import choices_in
 
     sets: dict[tuple[str, ...], AnswerSet] = {}

@@ -1,10 +1,37 @@
 """How likely a student holds each answer of a set: exact log-likelihoods, by teacher forcing."""
 
+import dataclasses
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from dslt.core.batch import PAD_ID, Batch
+from dslt.core.batch import EOS_ID, PAD_ID, Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerSet:
+    """What an example may be answered with: texts, and for each its own tokens, EOS included."""
+
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer of these tokens, EOS left off: its own text, whatever they decode to."""
+        return self.texts[self.tokens.index((*tokens, EOS_ID))]
+
+    def ranked(self, shares: np.ndarray) -> dict[str, float]:
+        """Each answer's probability among those of the set [A], the most likely first."""
+        pairs = zip(self.texts, shares.tolist(), strict=True)
+        return dict(sorted(pairs, key=lambda pair: -pair[1]))
+
+
+def shares_of(log_likelihoods: np.ndarray) -> np.ndarray:
+    """[A] nats, of one set's answers, to their probabilities [A] among one another."""
+    shares = np.exp(log_likelihoods - log_likelihoods.max())
+    return shares / shares.sum()
 
 
 def score_answers(

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dslt.core.batch import Batch
 from dslt.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -154,6 +155,13 @@ def put_rows(
 
     shape = (num_rows, *array.shape[1:])
     return jax.make_array_from_callback(shape, batch_sharding(mesh), rows_of_device)
+
+
+def put_batch(
+    batch: Batch, mesh, rows: np.ndarray | None = None, num_rows: int | None = None
+) -> Batch:
+    """Numpy arrays, whole or of this process's `rows`, to global device arrays of `num_rows`."""
+    return Batch(*(put_rows(array, mesh, rows, num_rows) for array in batch))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from dslt import strict_json
 from dslt.errors import InputError
-from dslt.files import full_disk_error
+from dslt.files import naming_full_disk
 
 COMPLETIONS = "completions.jsonl"
 LOCK = ".lock"
@@ -136,14 +136,13 @@ class CompletionStore:
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         left = memoryview(data.encode("utf-8", "replace"))
         size = len(left)
-        try:
-            while left:
-                left = left[os.write(self._file, left) :]
-        except OSError as error:
-            os.ftruncate(self._file, self._size)
-            if full := full_disk_error(self.path, error):
-                raise full from None
-            raise
+        with naming_full_disk(self.path):
+            try:
+                while left:
+                    left = left[os.write(self._file, left) :]
+            except OSError:
+                os.ftruncate(self._file, self._size)
+                raise
         self._size += size
         now = time.monotonic()
         if now - self._synced > FSYNC_SECS:
