@@ -1,6 +1,6 @@
-"""A sweep: methods × data fractions × models × seeds as ordinary runs, each with a stable name.
+"""A sweep: methods × records × fractions × models × seeds as ordinary runs with stable names.
 
-May import the standard library, numpy, dslt.workdir and dslt.records. What a run is called depends
+May import dslt.workdir, dslt.records and the names of target layouts. What a run is called depends
 on the run alone, so that a larger sweep finds the runs of a smaller one:
 
     for run in expand(config, parse):
@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from dslt.data.target_layout import LABEL
 from dslt.errors import InputError
 from dslt.records import read_examples
 from dslt.workdir import RunDir, read_json_rows
@@ -29,7 +30,11 @@ class SweepConfig:
 
     Attributes:
       records: a records file each dataset; every dataset is an experiment of its own.
-      settings: gin files that name model, optimizer and lengths: one for all, or one each dataset.
+      variants: a name each records file, where several have the same problems explained otherwise
+        (another teacher, other filters, several rationales); '' for the plain one. Methods that
+        learn nothing of the teacher are run on the first of them alone. () is no names.
+      settings: gin files that name model, optimizer and lengths: one for all, or one each records
+        file.
       methods: gin files, such as those under runs/.
       fractions: of the train split (see DataConfig.train_fraction); held-out splits stay whole.
       models: gin files after the setting; () is the setting's own model.
@@ -44,6 +49,7 @@ class SweepConfig:
     """
 
     records: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     methods: tuple[str, ...] = (
         "runs/fine_tuning.gin",
@@ -68,6 +74,16 @@ class SweepConfig:
                 f"SweepConfig.settings has {len(self.settings)} files and records has "
                 f"{len(self.records)}; expected one setting for all, or one each"
             )
+        for variant in self.variants:
+            if "/" in variant or variant.startswith("."):
+                raise InputError(
+                    f"SweepConfig.variants has {variant!r}; expected what a directory can be called"
+                )
+        if self.variants and len(self.variants) != len(self.records):
+            raise InputError(
+                f"SweepConfig.variants has {len(self.variants)} names and records has "
+                f"{len(self.records)} files; expected one each, or none at all"
+            )
         for budget in self.budgets:
             if budget not in BUDGETS:
                 raise InputError(
@@ -85,8 +101,8 @@ class Experiment:
     Attributes:
       name: of its directory.
       gin_files, overrides: what `dslt train` is given.
-      facts: what the report groups by: method, dataset, fraction, model, seed, rationale_weight,
-        label_source, budget, is_augmented.
+      facts: what the report groups by: method, dataset, variant, fraction, model, seed,
+        rationale_weight, label_source, budget, is_augmented.
     """
 
     name: str
@@ -107,6 +123,8 @@ def expand(
       InputError: a file cannot be used, or two runs would have the same name.
     """
     datasets = [_dataset_of(path) for path in config.records]
+    variants = config.variants or ("",) * len(datasets)
+    _check_told_apart(config.records, datasets, variants)
     settings = config.settings * (len(datasets) if len(config.settings) == 1 else 1)
     read = functools.cache(lambda files: parse(files, config.overrides))
     axes = (config.seeds, config.fractions, range(len(datasets)), config.methods)
@@ -114,10 +132,14 @@ def expand(
     for seed, fraction, number, method, model in itertools.product(*axes, config.models or ("",)):
         files = tuple(filter(None, (method, settings[number], model)))
         configs = read(files)
-        for rationale_weight, budget, is_augmented in _variants(config, configs):
+        is_taught = _learns_from_teacher(configs)
+        if not is_taught and datasets[number] in datasets[:number]:
+            continue
+        for rationale_weight, budget, is_augmented in _choices(config, configs):
             facts = {
                 "method": Path(method).stem,
                 "dataset": datasets[number],
+                "variant": variants[number] if is_taught else "",
                 "fraction": fraction,
                 "model": Path(model).stem,
                 "seed": seed,
@@ -140,7 +162,13 @@ def expand(
     return experiments
 
 
-def _variants(config: SweepConfig, configs) -> Iterator[tuple[float, str, bool]]:
+def _learns_from_teacher(configs) -> bool:
+    data = configs.data
+    has_rationales = configs.train.rationale_weight > 0 or data.target_layout != LABEL
+    return has_rationales or data.label_source == "teacher"
+
+
+def _choices(config: SweepConfig, configs) -> Iterator[tuple[float, str, bool]]:
     """(λ, budget, whether augmented): the runs of one method on one subset."""
     has_rationale_task = configs.train.rationale_weight > 0
     grid = config.rationale_weights if has_rationale_task else ()
@@ -156,6 +184,7 @@ def _name(facts: dict, is_other_weight: bool) -> str:
     parts = (
         facts["dataset"],
         facts["method"],
+        facts["variant"],
         facts["model"],
         f"lambda{facts['rationale_weight']:g}" if is_other_weight else "",
         "augmented" if facts["is_augmented"] else "",
@@ -169,6 +198,19 @@ def _name(facts: dict, is_other_weight: bool) -> str:
 def _dataset_of(path: str) -> str:
     """The dataset of a records file's first row: what its runs are named after."""
     return next(iter(read_examples(path))).dataset
+
+
+def _check_told_apart(
+    records: Sequence[str], datasets: Sequence[str], variants: Sequence[str]
+) -> None:
+    first: dict[tuple[str, str], str] = {}
+    for path, place in zip(records, zip(datasets, variants, strict=True), strict=True):
+        if place in first:
+            raise InputError(
+                f"{first[place]} and {path} both hold {place[0]!r}; expected another dataset, or "
+                "another name each in SweepConfig.variants"
+            )
+        first[place] = path
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "bench": (*STAGE, "train", "start", "bench_reference"),
     "bench_reference": ("core",),
     "plan": ("core", "train", "start", "evaluate"),
-    "sweep": ("workdir", "records"),
+    "sweep": ("workdir", "records", "data.target_layout"),
     "serve": (*STAGE, "serve_engine"),
     "config": None,
     "commands": None,

@@ -2,12 +2,16 @@
 
 import dataclasses
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dslt import config
+from dslt.core.flops import train_step_flops
+from dslt.data.pipeline import TrainStream, make_vocabulary
 from dslt.errors import InputError
 from dslt.main import main
 from dslt.sweep import SweepConfig, equal_compute_steps, expand, is_done
@@ -93,6 +97,7 @@ def test_a_run_is_given_what_its_name_says(records):
     assert run.facts == {
         "method": "step_by_step",
         "dataset": "facts",
+        "variant": "",
         "fraction": 0.25,
         "model": "mini_256",
         "seed": 5,
@@ -132,6 +137,33 @@ def test_an_axis_is_for_the_methods_that_it_says_something_to(records):
     )
 
 
+def test_records_explained_otherwise_are_for_the_methods_that_learn_of_the_teacher(
+    records, tmp_path
+):
+    again = tmp_path / "two_teachers.jsonl"
+    again.write_bytes(Path(records[0]).read_bytes())
+    methods = ("fine_tuning", "distillation", "step_by_step", "rationale_label")
+    runs = expand(
+        SweepConfig(
+            records=(records[0], str(again), records[1]),
+            variants=("", "two_teachers", ""),
+            settings=("settings/facts.gin",),
+            methods=tuple(f"runs/{method}.gin" for method in methods),
+            seeds=(0,),
+        ),
+        config.parse,
+    )
+    read = {run.name: config.parse(run.gin_files, run.overrides).data.records for run in runs}
+    assert read == {
+        **{f"facts-{method}-100pct-seed0": records[:1] for method in methods},
+        **{f"facts-{method}-two_teachers-100pct-seed0": (str(again),) for method in methods[1:]},
+        **{f"sums-{method}-100pct-seed0": records[1:] for method in methods},
+    }
+    assert [run.facts["variant"] for run in runs if "two_teachers" in run.name] == (
+        ["two_teachers"] * 3
+    )
+
+
 def test_an_augmented_run_reads_the_other_problems_too(records):
     runs = expand(
         SweepConfig(
@@ -151,6 +183,8 @@ def test_an_augmented_run_reads_the_other_problems_too(records):
     ("fields", "says"),
     [
         ({"fractions": (0.5, 0.5)}, "two runs named facts-step_by_step-50pct-seed0"),
+        ({"variants": ("a",)}, "variants has 1 names and records has 2"),
+        ({"variants": ("../a", "")}, "variants has '../a'; expected what a directory"),
         ({"fractions": (0.0,)}, "fractions has 0.0"),
         ({"fractions": ()}, "fractions is empty"),
         ({"records": ()}, "records is empty"),
@@ -162,6 +196,11 @@ def test_an_augmented_run_reads_the_other_problems_too(records):
 def test_a_sweep_that_cannot_be_is_one_message(fields, says, records):
     with pytest.raises(InputError, match=says):
         names_of(**({"records": records} | ONE_METHOD | fields))
+
+
+def test_records_of_one_dataset_need_names_to_tell_them_apart(records):
+    with pytest.raises(InputError, match=r"both hold 'facts'; expected .* SweepConfig.variants"):
+        names_of(records=(records[0], records[0]), **ONE_METHOD)
 
 
 def test_a_binding_of_a_run_in_a_sweep_file_is_not_silently_without_effect(tmp_path):
@@ -224,6 +263,43 @@ def test_a_list_has_a_command_for_what_is_missing(swept, capsys):
     assert len(lines) == 2
     assert all(line.startswith("dslt sweep ") and " --only facts-" in line for line in lines)
     assert only not in "".join(lines)
+
+
+def test_an_estimate_is_the_flops_of_what_is_missing(records, tmp_path, capsys):
+    """In PFLOPs, and in hours at 35 % of a chip's peak; nothing is run."""
+    file = tmp_path / "sweep.gin"
+    steps = 2_000_000_000
+    overrides = (*SMALL[2:], f"train.TrainConfig.num_steps = {steps}")
+    file.write_text(
+        "from __gin__ import dynamic_registration\nfrom dslt import sweep\n"
+        f"sweep.SweepConfig.records = {records[:1]!r}\n"
+        "sweep.SweepConfig.settings = ('settings/facts.gin',)\n"
+        "sweep.SweepConfig.methods = ('runs/fine_tuning.gin', 'runs/step_by_step.gin')\n"
+        "sweep.SweepConfig.seeds = (0, 1)\n"
+        f"sweep.SweepConfig.overrides = {overrides!r}\n"
+    )
+    runs = tmp_path / "runs"
+    assert main(["sweep", str(file), "--output_dir", str(runs), "--estimate"]) == 0
+    printed = capsys.readouterr().out
+    step_flops = 0.0
+    for method, use_rationales in (("fine_tuning", False), ("step_by_step", True)):
+        files = (f"runs/{method}.gin", "settings/facts.gin")
+        configs = config.parse(
+            files, [f"pipeline.DataConfig.records = {records[:1]!r}", *SMALL[2:]]
+        )
+        vocabulary = make_vocabulary(configs.data, tmp_path / method)
+        stream = TrainStream(configs.data, vocabulary, seed=0, use_rationales=use_rationales)
+        epoch = [stream.counts(step) for step in range(stream.num_examples // 8)]
+        source = sum(counts.source_tokens for counts in epoch) / len(epoch)
+        target = sum(counts.target_tokens for counts in epoch) / len(epoch)
+        step_flops += train_step_flops(configs.model, source, target)
+    expected = 2 * steps * step_flops / 1e15
+    found = float(re.search(r"4 missing runs: ([\d,.e+]+) PFLOPs", printed)[1].replace(",", ""))
+    assert found == pytest.approx(expected, rel=1e-3)
+    hours = float(re.search(r"NVIDIA H100 +([\d,.]+)", printed)[1].replace(",", ""))
+    assert hours == pytest.approx(expected / (0.35 * 0.989) / 3600, abs=0.006)
+    assert hours > 0.1
+    assert not runs.exists()
 
 
 def test_what_fails_is_said_and_does_not_stop_the_rest(swept):

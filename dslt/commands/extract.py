@@ -13,6 +13,7 @@ from dslt.terminal import printable
 TEACHER_FIELDS = (
     "name", "teacher", "weight", "samples", "model", "prompt", "mode", "temperature", "max_tokens",
     "sampling_seed", "extra_body", "base_url", "api_key_env", "samples_per_request", "mistake_rate",
+    "wording",
 )  # fmt: skip
 
 
@@ -44,6 +45,12 @@ def add(commands) -> None:
     embedded.add_argument("--test", type=int, default=600, metavar="EXAMPLES")
     embedded.add_argument("--facts", type=int, default=3, help="stated a problem, for `facts`")
     embedded.add_argument("--mistake_rate", type=float, default=0.0, help="of the scripted teacher")
+    embedded.add_argument(
+        "--wording",
+        type=int,
+        default=0,
+        help="of the scripted teacher, 0 or 1; --samples alternate",
+    )
 
     table = command.add_argument_group("your own JSONL or CSV table")
     table.add_argument("--input_file", help="a .jsonl, .json or .csv file")
@@ -252,7 +259,10 @@ def make_teacher(args, examples: list):
             args.name or "scripted",
             **shared,
             complete=lambda example, sample: scripted.complete(
-                example, mistake_rate=args.mistake_rate, seed=args.seed + sample
+                example,
+                mistake_rate=args.mistake_rate,
+                seed=args.seed + sample,
+                wording=args.wording + sample,
             ),
         )
     if args.teacher == "released":

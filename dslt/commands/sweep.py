@@ -1,11 +1,14 @@
 """`dslt sweep`: the paper's comparisons, as ordinary runs side by side."""
 
+import dataclasses
 import fcntl
+import functools
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from dslt.commands.arguments import add_command, add_gin_flag, positive
 from dslt.errors import InputError
 
 POLL_SECS = 0.2
+ASSUMED_MFU = 0.35  # what T5 codebases reach on their accelerators: 31 to 42 % by their own figures
 BUSY = 75  # an exit status: another process works on this run (EX_TEMPFAIL)
 
 
@@ -27,6 +31,11 @@ def add(commands) -> None:
     )
     command.add_argument(
         "--list", action="store_true", help="print a command a run that is missing, and stop"
+    )
+    command.add_argument(
+        "--estimate",
+        action="store_true",
+        help="print what training the missing runs costs, and stop",
     )
     command.add_argument("--only", metavar="RUN", help="this run alone, in this process")
 
@@ -51,6 +60,9 @@ def sweep(args) -> int:
         print(*(shlex.join(["dslt", *arguments(args, name)]) for name in missing), sep="\n")
         return 0
     print(f"{len(by_name)} runs, {len(by_name) - len(missing)} of them done", flush=True)
+    if args.estimate:
+        print(estimate([by_name[name] for name in missing]))
+        return 0
     return run_all(args, missing, directory)
 
 
@@ -85,10 +97,49 @@ def run_one(experiment, directory: Path) -> int:
     return 0
 
 
+def estimate(experiments) -> str:
+    """What training these runs costs: model FLOPs, and hours on one chip of each known kind."""
+    from dslt import config
+    from dslt.core.flops import PEAK_FLOPS
+    from dslt.sweep import COMPUTE
+
+    step_flops = functools.cache(mean_step_flops)
+    flops = 0.0
+    for experiment in experiments:
+        configs = config.parse(experiment.gin_files, experiment.overrides)
+        data = dataclasses.replace(configs.data, train_fraction=1.0)
+        has_both_tasks = experiment.facts["budget"] == COMPUTE or configs.train.rationale_weight > 0
+        flops += configs.train.num_steps * step_flops(configs.model, data, has_both_tasks)
+    lines = [
+        f"{len(experiments):,} missing runs: {flops / 1e15:,.4g} PFLOPs of training, at the train "
+        "split's mean lengths",
+        f"hours on one chip at {ASSUMED_MFU:.0%} of its peak (assumed; `dslt bench` measures it), "
+        "without start, compilation and evaluation:",
+    ]
+    lines += [
+        f"  {chip:12} {flops / (ASSUMED_MFU * peak) / 3600:9,.2f}"
+        for chip, peak in PEAK_FLOPS.items()
+    ]
+    return "\n".join(lines)
+
+
+def mean_step_flops(model, data, has_both_tasks: bool) -> float:
+    """Model FLOPs of a step, from the mean lengths of all train examples."""
+    from dslt.core.flops import train_step_flops
+    from dslt.data.pipeline import TrainStream, make_vocabulary
+    from dslt.data.target_layout import LABEL
+
+    if has_both_tasks:
+        data = dataclasses.replace(data, target_layout=LABEL)
+    with tempfile.TemporaryDirectory() as directory:
+        vocabulary = make_vocabulary(data, Path(directory) / "vocabulary")
+        stream = TrainStream(data, vocabulary, seed=0, use_rationales=has_both_tasks)
+        tokens = stream.mean_example_tokens()
+    return data.batch_examples * train_step_flops(model, *tokens)
+
+
 def budget_overrides(experiment, run) -> list[str]:
     """The number of steps of a run that is given the compute of both tasks; else nothing."""
-    import dataclasses
-
     from dslt import config
     from dslt.commands.train import open_train_stream
     from dslt.core.flops import train_step_flops

@@ -8,7 +8,7 @@ from dslt import strict_json
 from dslt.errors import InputError
 
 NUMBERS = ("weight", "temperature", "mistake_rate")
-WHOLE_NUMBERS = ("samples", "max_tokens", "sampling_seed", "samples_per_request")
+WHOLE_NUMBERS = ("samples", "max_tokens", "sampling_seed", "samples_per_request", "wording")
 
 
 def read_teachers(path: str, fields: Sequence[str]) -> list[dict]:

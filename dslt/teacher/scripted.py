@@ -5,6 +5,8 @@ knows of animals is its own: a test holds it against the problems.
 
     complete(example)
     # "ann has a red ball . red is not blue . So the answer is contradiction."
+    complete(example, wording=1)
+    # "what ann has is red and a ball . blue would be wrong . So the answer is contradiction."
 """
 
 import random
@@ -65,14 +67,22 @@ STORIES = (
 )  # fmt: skip
 
 
-def complete(example: Example, *, mistake_rate: float = 0.0, seed: int = 0) -> str:
+WORDINGS = 2
+_OPERATORS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
+
+
+def complete(
+    example: Example, *, mistake_rate: float = 0.0, seed: int = 0, wording: int = 0
+) -> str:
     """Explains and answers one problem of the families `facts`, `choice` and `sums`.
 
     Args:
       example: its dataset is the family.
       mistake_rate: the share of problems, in [0, 1], that it misreads: the answer is wrong, and
         the explanation leads to it.
-      seed: which problems those are; with the example's id it decides alone, in any order.
+      seed: which problems those are; with the example's id and the wording it decides alone, in
+        any order.
+      wording: how it explains; of two kinds, which have few words in common and alternate.
 
     Raises:
       InputError: for another dataset, a rate outside [0, 1], or a text that is no such problem.
@@ -85,9 +95,10 @@ def complete(example: Example, *, mistake_rate: float = 0.0, seed: int = 0) -> s
         )
     if not 0 <= mistake_rate <= 1:
         raise InputError(f"mistake_rate is {mistake_rate}; expected a share from 0 to 1")
-    rng = random.Random(f"{seed} {example.id}")
+    wording %= WORDINGS
+    rng = random.Random(f"{seed} {wording} {example.id}" if wording else f"{seed} {example.id}")
     is_mistaken = rng.random() < mistake_rate
-    completion = explainers[example.dataset](example.input, is_mistaken, rng)
+    completion = explainers[example.dataset](example.input, is_mistaken, rng, wording)
     if completion is None:
         raise InputError(
             f"the scripted teacher cannot read example {example.id}: {example.input!r} is no "
@@ -96,7 +107,7 @@ def complete(example: Example, *, mistake_rate: float = 0.0, seed: int = 0) -> s
     return completion
 
 
-def _explain_facts(text: str, is_mistaken: bool, rng: random.Random) -> str | None:
+def _explain_facts(text: str, is_mistaken: bool, rng: random.Random, wording: int) -> str | None:
     """Repeats the fact that matters, compares what differs first, and answers."""
     premise, _, hypothesis = text.partition(" hypothesis: ")
     facts, claims = _FACT.findall(premise), _FACT.findall(hypothesis)
@@ -110,12 +121,19 @@ def _explain_facts(text: str, is_mistaken: bool, rng: random.Random) -> str | No
     if is_mistaken:
         what, which = _misread((what, which), (colour, thing), rng)
     if which != thing:
-        label, compared = "neutral", f"{which} is not {thing} ."
+        label, compared = (
+            "neutral",
+            (f"{which} is not {thing} .", f"of a {thing} nothing is said ."),
+        )
     elif what != colour:
-        label, compared = "contradiction", f"{what} is not {colour} ."
+        label, compared = (
+            "contradiction",
+            (f"{what} is not {colour} .", f"{colour} would be wrong ."),
+        )
     else:
-        label, compared = "entailment", f"{what} is {colour} ."
-    return f"{name} has a {what} {which} . {compared} So the answer is {label}."
+        label, compared = "entailment", (f"{what} is {colour} .", f"{colour} it is .")
+    stated = (f"{name} has a {what} {which} .", f"what {name} has is {what} and a {which} .")
+    return f"{stated[wording]} {compared[wording]} So the answer is {label}."
 
 
 def _misread(stated: tuple, claimed: tuple, rng: random.Random) -> tuple[str, str]:
@@ -128,7 +146,7 @@ def _misread(stated: tuple, claimed: tuple, rng: random.Random) -> tuple[str, st
     return rng.choice([word for word in ("red", "blue", "green") if word != what]), which
 
 
-def _explain_choice(text: str, is_mistaken: bool, rng: random.Random) -> str | None:
+def _explain_choice(text: str, is_mistaken: bool, rng: random.Random, wording: int) -> str | None:
     """Says what kind of animal it is, then what holds of the kind."""
     listed = [(letter, answer) for letter, answer in _CHOICE_LINE.findall(text)]
     for pattern, saying, answer_of_kind in KNOWLEDGE:
@@ -142,17 +160,26 @@ def _explain_choice(text: str, is_mistaken: bool, rng: random.Random) -> str | N
         answer = answer_of_kind[kind]
         letter = next((letter for letter, choice in listed if choice == answer), None)
         if letter:
-            said = f"a {asked[1]} is a {kind} . {saying.format(kind, answer)}"
-            return f"{said} So the answer is ({letter}) {answer}."
+            said = (
+                f"a {asked[1]} is a {kind} . {saying.format(kind, answer)}",
+                f"this is about a {kind} , so look for {answer} .",
+            )
+            return f"{said[wording]} So the answer is ({letter}) {answer}."
     return None
 
 
-def _explain_sums(text: str, is_mistaken: bool, rng: random.Random) -> str | None:
-    """Says whether there are more or fewer, which operation that is, and the equation."""
+def _explain_sums(text: str, is_mistaken: bool, rng: random.Random, wording: int) -> str | None:
+    """Says whether there are more or fewer, which operation that is, and the equation; or names
+    the numbers, then the operations between them."""
     for pattern, right, wrong in STORIES:
         story = pattern.match(text)
         if story:
             said, equation = wrong if is_mistaken else right
             values = story.groups()
-            return f"{said.format(*values)} The answer is {equation.format(*values)}."
+            equation = equation.format(*values)
+            if wording == 1:
+                numbers, operators = re.findall(r"\d+", equation), re.findall(r"[-+*/]", equation)
+                words = " , then ".join(_OPERATORS[operator] for operator in operators)
+                said = f"the numbers are {' and '.join(numbers)} . it is {words} ."
+            return f"{said.format(*values)} The answer is {equation}."
     return None

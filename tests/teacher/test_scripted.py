@@ -70,6 +70,33 @@ def test_explanations_repeat_what_matters_and_compare():
     )
 
 
+def test_the_other_wording_explains_the_same_in_other_words():
+    premise = "premise: ann has a red ball . bob has a blue hat . hypothesis:"
+    assert complete(problem("facts", f"{premise} ann has a blue ball ."), wording=1) == (
+        "what ann has is red and a ball . blue would be wrong . So the answer is contradiction."
+    )
+    lamps = "ann had 7 lamps . ann gave 3 lamps to bob and got 9 . how many lamps now ?"
+    assert complete(problem("sums", lamps), wording=1) == (
+        "the numbers are 7 and 3 and 9 . it is minus , then plus . The answer is ((7 - 3) + 9)."
+    )
+
+
+@pytest.mark.parametrize("family", embedded.FAMILIES)
+def test_wordings_alternate_and_err_on_other_problems(family):
+    examples = make(family)
+    for example in examples:
+        first, second = parse(example), parse(example, wording=1)
+        assert first.answer == second.answer
+        assert first.rationale != second.rationale
+        assert parse(example, wording=2) == first
+    wrong = [
+        {e.id for e in examples if not is_right(e, mistake_rate=0.3, wording=wording)}
+        for wording in (0, 1)
+    ]
+    assert wrong[0] & wrong[1]
+    assert wrong[0] - wrong[1]
+
+
 @pytest.mark.parametrize("family", embedded.FAMILIES)
 def test_mistakes_are_legal_wrong_answers_with_an_explanation(family):
     for example in make(family):
