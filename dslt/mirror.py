@@ -1,7 +1,6 @@
 """A run in a bucket: worked on in a directory of this machine, its mirror, and written back.
 
-May import the standard library and signals; fsspec inside `Bucket` alone, so that plain paths do
-without it. Every command works on plain paths; a URL becomes one here:
+May import bucket and signals. Every command works on plain paths; a URL becomes one here:
 
     with mirror.training("gs://bucket/run") as path:      # filled from the bucket, sent to it
     with mirror.evaluating("gs://bucket/run", follow=True) as path:
@@ -30,17 +29,15 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 
 from dslt import signals
+from dslt.bucket import Bucket, hidden
 from dslt.errors import InputError
-from dslt.files import naming_full_disk, write_text
+from dslt.files import write_text
 
 SYNC_SECS = 10.0  # between looks at what is new, here and in the bucket
-RETRY_SECS = (1.0, 2.0, 4.0, 8.0)  # between attempts at one file
-TRANSFERS = 8  # at a time
 
 IDENTITY = "mirror.json"
 MARKER = "_MIRROR"
@@ -61,16 +58,6 @@ class Taken(InputError):
     """Another training has taken the run over."""
 
 
-def is_url(path: str) -> bool:
-    """Whether a path is a URL, such as gs://bucket/run."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
-
-
-def hidden(url: str) -> str:
-    """The URL without the credentials that it may hold, as `https://key:secret@host/run`."""
-    return re.sub(r"//[^/]*@", "//***@", url)
-
-
 def refuse_several(url: str) -> None:
     """Raises InputError, for commands that were asked to run in several processes."""
     raise InputError(f"{hidden(url)}: {_ADVICE}")
@@ -86,7 +73,7 @@ def training(url: str) -> Iterator[Path]:
       InputError: the bucket cannot be used, holds something else, or has lost its checkpoints;
         in the end, not everything could be sent.
     """
-    bucket = Bucket(url)
+    bucket = RunBucket(url)
     with _locked(bucket, TRAIN):
         identity = bucket.identity()
         if not identity and bucket.find():
@@ -120,7 +107,7 @@ def evaluating(url: str, follow: bool = False) -> Iterator[Path]:
     Raises:
       InputError: there is no such run; in the end, not everything could be sent.
     """
-    bucket = Bucket(url)
+    bucket = RunBucket(url)
     with _locked(bucket, EVALUATE):
         identity = bucket.identity()
         if not identity and not follow:
@@ -152,7 +139,7 @@ def pull_student(url: str) -> Path:
     *_, parent, name = ["", "", *url.rstrip("/").split("/")]
     step = int(name) if parent in _CHECKPOINTS.values() and name.isdigit() else None
     root = url.rstrip("/").removesuffix(f"/{parent}/{name}") if step is not None else url
-    bucket = Bucket(root)
+    bucket = RunBucket(root)
     listing = bucket.find()
     if "config.json" in listing:  # Hugging Face's
         files = {name: details for name, details in listing.items() if "/" not in name}
@@ -184,77 +171,12 @@ def pull_student(url: str) -> Path:
     raise InputError(f"{hidden(url)}: holds no whole checkpoint; expected one by `dslt train`")
 
 
-class Bucket:
-    """Objects below a URL, by names relative to it. All errors are InputErrors, but for an object
-    that is not there.
-
-    Attributes:
-      url: without credentials.
-    """
+class RunBucket(Bucket):
+    """A bucket that holds a run."""
 
     def __init__(self, url: str):
-        """Raises InputError where what speaks to such a store is not installed."""
-        self.url = hidden(url).rstrip("/")
-        self._secret = re.search(r"//([^/]+)@", url)
+        super().__init__(url)
         self._passed_over: set[tuple[str, int]] = set()
-        try:
-            import fsspec
-        except ModuleNotFoundError:
-            raise InputError(
-                f"{self.url}: fsspec is not installed; expected pip install 'dslt[remote]'"
-            ) from None
-        options = {"auto_mkdir": True} if url.startswith(("file:", "local:")) else {}
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"), **options)
-        except (ImportError, ValueError) as error:
-            raise InputError(
-                f"{self.url}: {self._said(error)}; expected a URL that fsspec knows, and its "
-                "package: pip install gcsfs for gs://, s3fs for s3://, adlfs for az://"
-            ) from None
-
-    def mirror(self, name: str) -> Path:
-        """Where on this machine a mirror of this bucket lies; its last part is the run's name."""
-        given = os.environ.get("DSLT_MIRROR_DIR")
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        base = Path(given).absolute() if given else Path(cache) / "dslt" / "mirror"
-        digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        return base / digest / name / (PurePosixPath(self._root).name or "run")
-
-    def find(self, under: str = "") -> dict[str, dict]:
-        """All objects, by name, with what the store says of each."""
-
-        def find() -> dict:
-            self._fs.invalidate_cache()
-            return self._fs.find(self._path(under), detail=True)
-
-        try:
-            found = self._try("list", under, find)
-        except FileNotFoundError:
-            return {}
-        root = self._path("")
-        names = {path.removeprefix(root): info for path, info in found.items() if path != root}
-        for name in names:
-            if {"", ".", ".."} & set(name.split("/")):
-                raise InputError(f"{self.url}: holds an object {name!r}, which is no file's name")
-        return names
-
-    def read(self, name: str) -> bytes | None:
-        """An object's content; None if there is none."""
-        try:
-            return self._try("read", name, lambda: self._fs.cat_file(self._path(name)))
-        except FileNotFoundError:
-            return None
-
-    def read_json(self, name: str) -> dict:
-        """A JSON object; {} if there is none."""
-        content = self.read(name)
-        try:
-            found = {} if content is None else json.loads(content)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise InputError(f"{self.url}/{name}: is no JSON object; it was changed by another")
-        return found
 
     def identity(self) -> dict:
         """Which run this is; {} if there is none."""
@@ -263,41 +185,6 @@ class Bucket:
         if found and not all(re.fullmatch("[0-9a-f]{32}", str(name)) for name in named):
             raise InputError(f"{self.url}/{IDENTITY}: is not what `dslt train` writes; restore it")
         return found
-
-    def write(self, name: str, content: bytes) -> None:
-        self._try("write", name, lambda: self._fs.pipe_file(self._path(name), content))
-
-    def put(self, path: Path, name: str) -> None:
-        """Sends a file. One that went meanwhile is passed over."""
-        with contextlib.suppress(FileNotFoundError):
-            self._try("write", name, lambda: self._fs.put_file(str(path), self._path(name)), path)
-
-    def put_all(self, files: dict[Path, str]) -> None:
-        with ThreadPoolExecutor(TRANSFERS) as pool:
-            list(pool.map(self.put, files.keys(), files.values()))
-
-    def get(self, name: str, path: Path) -> None:
-        """Fetches a file, which appears whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-
-        def get() -> None:
-            with naming_full_disk(path):
-                self._fs.get_file(self._path(name), str(partial))
-
-        try:
-            self._try("read", name, get)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def get_all(self, files: dict[str, Path]) -> None:
-        with ThreadPoolExecutor(TRANSFERS) as pool:
-            list(pool.map(self.get, files.keys(), files.values()))
-
-    def remove(self, names: list[str]) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._try("delete", names[0], lambda: self._fs.rm([self._path(n) for n in names]))
 
     def checkpoints(self, directory: str, listing: dict[str, dict]) -> dict[int, dict[str, int]]:
         """The whole checkpoints in a directory of a listing: step → sizes of its files."""
@@ -318,42 +205,6 @@ class Bucket:
                 )
         return found
 
-    def _path(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}"
-
-    def _try(self, verb: str, name: str, function: Callable, source: Path | None = None):
-        """Calls a function, again after a while where the store fails.
-
-        Raises FileNotFoundError where an object that is read, or the `source` that is sent, is not
-        there; otherwise InputError.
-        """
-        where = f"{self.url}/{name}" if name else self.url
-        for pause in (*RETRY_SECS, None):
-            try:
-                return function()
-            except InputError:
-                raise
-            except Exception as error:  # each store has its own types
-                is_absent = isinstance(error, FileNotFoundError)
-                is_lasting = is_absent or isinstance(error, PermissionError)
-                is_lasting |= "Credentials" in type(error).__name__  # botocore's, google.auth's
-                if is_absent and (verb != "write" or (source and not source.exists())):
-                    raise FileNotFoundError(f"{where}: is not there any more") from None
-                if pause is None or is_lasting:
-                    raise InputError(
-                        f"{where}: cannot {verb} it ({self._said(error)}); expected a bucket that "
-                        "exists and credentials that may read and write there"
-                    ) from None
-                time.sleep(pause)
-
-    def _said(self, error: Exception) -> str:
-        """An error in a line, without the URL's credentials."""
-        line = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if self._secret:
-            for secret in (self._secret[1], self._secret[1].partition(":")[2] or self._secret[1]):
-                line = line.replace(secret, "***")
-        return hidden(line)[:300]
-
 
 class Mirror:
     """A directory of this machine and the bucket of which it is the mirror.
@@ -363,7 +214,7 @@ class Mirror:
       role: TRAIN or EVALUATE: which files this side writes.
     """
 
-    def __init__(self, bucket: Bucket, path: Path, role: str, identity: dict):
+    def __init__(self, bucket: RunBucket, path: Path, role: str, identity: dict):
         self.bucket, self.path, self.role = bucket, path, role
         self._identity = identity
         self._sent: dict[str, object] = {}  # name → as what it was sent last
@@ -540,7 +391,7 @@ class Mirror:
             write_text(self.path / "run.json", info.decode())
 
 
-def pull_training(bucket: Bucket, identity: dict, path: Path) -> None:
+def pull_training(bucket: RunBucket, identity: dict, path: Path) -> None:
     """Fills a directory with what a training needs to go on; only once whole it is at `path`.
 
     Without a whole checkpoint in the bucket it is empty: the run begins anew.
@@ -570,7 +421,7 @@ def pull_training(bucket: Bucket, identity: dict, path: Path) -> None:
 
 
 def pull_checkpoint(
-    bucket: Bucket,
+    bucket: RunBucket,
     path: Path,
     directory: str,
     step: int,
@@ -650,7 +501,7 @@ def _synchronised(mirror: Mirror) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(bucket: Bucket, role: str) -> Iterator[None]:
+def _locked(bucket: RunBucket, role: str) -> Iterator[None]:
     """Raises InputError where another process of this machine does the same with the bucket."""
     path = bucket.mirror("x").parents[1] / f"{role}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from dslt import mirror
+from dslt.bucket import Bucket
 from dslt.checkpoint.manager import CheckpointManager, finished_steps
 from dslt.commands.evaluate import make_answer_sets
 from dslt.data.vocabulary import load_vocabulary
 from dslt.evaluate import EvalConfig
 from dslt.main import main
-from dslt.mirror import Bucket
 from dslt.records import read_examples, read_predictions
 from dslt.signals import INTERRUPTED
 from dslt.workdir import RunDir, read_json, read_json_rows
@@ -555,12 +555,12 @@ sys.exit(main.main(sys.argv[1:]))
 KILLED = IN_HASTE.replace(
     "sys.exit",
     """
-write = mirror.Bucket.write
+write = mirror.RunBucket.write
 def write_and_die(self, name, content):
     write(self, name, content)
     if name.endswith(mirror.MARKER):
         os.kill(os.getpid(), signal.SIGKILL)
-mirror.Bucket.write = write_and_die
+mirror.RunBucket.write = write_and_die
 sys.exit""",
 )
 

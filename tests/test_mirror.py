@@ -8,9 +8,11 @@ import uuid
 
 import pytest
 
+from dslt import bucket as buckets
 from dslt import mirror
+from dslt.bucket import is_url
 from dslt.errors import InputError
-from dslt.mirror import IDENTITY, MARKER, Bucket, evaluating, pull_student, training
+from dslt.mirror import IDENTITY, MARKER, RunBucket, evaluating, pull_student, training
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed (extra `remote`)")
 memory = pytest.importorskip("fsspec.implementations.memory")
@@ -53,7 +55,7 @@ fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
 
 @pytest.fixture
 def url(monkeypatch):
-    monkeypatch.setattr(mirror, "RETRY_SECS", (0.0, 0.0))
+    monkeypatch.setattr(buckets, "RETRY_SECS", (0.0, 0.0))
     monkeypatch.setattr(mirror, "SYNC_SECS", 1000.0)  # a test sends when it says so
     yield f"faulty://bucket/{uuid.uuid4().hex}"
     FaultyFileSystem.before = staticmethod(lambda verb, path: None)
@@ -92,7 +94,7 @@ def content(path, *names) -> dict[str, bytes]:
 
 def steps_in(url: str, directory: str = "checkpoints") -> list[int]:
     """The whole checkpoints in the bucket."""
-    bucket = Bucket(url)
+    bucket = RunBucket(url)
     return sorted(bucket.checkpoints(directory, bucket.find()))
 
 
@@ -199,7 +201,7 @@ def test_an_old_checkpoint_goes_in_the_bucket_after_the_newer_is_whole(
     deleted = [name for verb, name in seen if verb == "delete"]
     assert deleted[0] == f"checkpoints/3/{MARKER}" and len(deleted) == 7
     assert order.index(f"checkpoints/6/{MARKER}") < order.index(deleted[0])
-    assert not any("/3/" in name for name in Bucket(url).find())
+    assert not any("/3/" in name for name in RunBucket(url).find())
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_sent_is_sent(url, machine, tmp_path, monkeypatch):
@@ -247,11 +249,11 @@ def test_the_end_is_said_after_the_last_checkpoint(url, machine, monkeypatch):
         save(path, 3)
         (path / "run.json").write_text('{"state": "finished", "seed": 7}')
         fail(monkeypatch, kill)
-    assert Bucket(url).read_json("run.json") == {"state": "running", "seed": 7}
+    assert RunBucket(url).read_json("run.json") == {"state": "running", "seed": 7}
     fail(monkeypatch, lambda verb, name: None)
     with training(url):
         pass
-    assert Bucket(url).read_json("run.json") == {"state": "finished", "seed": 7}
+    assert RunBucket(url).read_json("run.json") == {"state": "finished", "seed": 7}
 
 
 def test_a_step_that_was_saved_again_is_sent_again(url, machine, tmp_path):
@@ -263,7 +265,7 @@ def test_a_step_that_was_saved_again_is_sent_again(url, machine, tmp_path):
         (path / "checkpoints/6").rename(path / "damaged/checkpoints-6")
         save(path, 6)
         expected = content(path)
-    assert any(name.startswith("damaged/checkpoints-6/") for name in Bucket(url).find())
+    assert any(name.startswith("damaged/checkpoints-6/") for name in RunBucket(url).find())
     machine("second")
     with training(url) as other:
         assert (
@@ -285,7 +287,7 @@ def test_what_a_kill_left_half_way_goes(url, machine):
 def test_a_bucket_that_has_lost_its_checkpoints_does_not_begin_anew(url, machine):
     with training(url) as path:
         save(path, 3)
-    bucket = Bucket(url)
+    bucket = RunBucket(url)
     name = next(name for name in bucket.find() if "/3/params" in name)
     bucket.remove([name])
     machine("second")
@@ -294,10 +296,10 @@ def test_a_bucket_that_has_lost_its_checkpoints_does_not_begin_anew(url, machine
 
 
 def test_files_of_another_are_left_alone(url, machine):
-    Bucket(url).write("checkpoints/3/params/x", b"copied by hand")
+    RunBucket(url).write("checkpoints/3/params/x", b"copied by hand")
     with pytest.raises(InputError, match="holds files that no run with this URL"), training(url):
         pass
-    assert list(Bucket(url).find()) == ["checkpoints/3/params/x"]
+    assert list(RunBucket(url).find()) == ["checkpoints/3/params/x"]
 
 
 def test_a_second_training_on_another_machine_takes_over(url, machine, capsys):
@@ -359,7 +361,7 @@ def wait_until(is_so, secs: float = 20.0) -> None:
 
 
 def test_a_hugging_face_directory_is_fetched_once_and_again_when_it_changes(url, machine):
-    bucket = Bucket(url)
+    bucket = RunBucket(url)
     bucket.write("config.json", b"{}")
     bucket.write("model-1.safetensors", b"old")
     first = pull_student(url)
@@ -383,7 +385,7 @@ def test_an_object_outside_of_the_run_is_refused(name, url, machine, monkeypatch
 
 
 def test_an_identity_that_names_another_place_is_refused(url, machine):
-    Bucket(url).write(IDENTITY, json.dumps({"run": "../../x", "session": "y"}).encode())
+    RunBucket(url).write(IDENTITY, json.dumps({"run": "../../x", "session": "y"}).encode())
     with pytest.raises(InputError, match="is not what `dslt train` writes"), training(url):
         pass
 
@@ -411,12 +413,12 @@ def test_a_package_that_is_missing_is_named(url, monkeypatch):
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(InputError, match=r"Install s3fs.*s3fs for s3://"):
-        Bucket("s3://bucket/run")
+        RunBucket("s3://bucket/run")
     monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
     with pytest.raises(InputError, match=r"pip install 'dslt\[remote\]'"):
-        Bucket("s3://bucket/run")
+        RunBucket("s3://bucket/run")
 
 
 @pytest.mark.parametrize("path", ["runs/x", "/runs/x", "a:b/c", "C:/x", "./gs://x"])
 def test_a_plain_path_is_no_url(path):
-    assert not mirror.is_url(path) and mirror.is_url("gs://bucket/run")
+    assert not is_url(path) and is_url("gs://bucket/run")

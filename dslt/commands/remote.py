@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dslt import mirror
+from dslt.bucket import hidden, is_url
 from dslt.commands.processes import is_distributed
 
 
@@ -15,10 +16,10 @@ def local_run(args, mirrored: Callable) -> Iterator[None]:
     Raises InputError where several processes were asked to share a URL.
     """
     url = args.run_dir
-    if not url or not mirror.is_url(url):
+    if not url or not is_url(url):
         yield
         return
-    args.run_dir = mirror.hidden(url)  # what an error may show
+    args.run_dir = hidden(url)  # what an error may show
     if is_distributed(args):
         mirror.refuse_several(url)
     with mirrored(url) as path:
@@ -28,4 +29,4 @@ def local_run(args, mirrored: Callable) -> Iterator[None]:
 
 def local_student(student: str) -> Path:
     """The student's directory; a URL's is fetched."""
-    return mirror.pull_student(student) if mirror.is_url(student) else Path(student)
+    return mirror.pull_student(student) if is_url(student) else Path(student)
