@@ -24,6 +24,10 @@ _TITLES = {
     "step_by_step": "step-by-step",
     "step_by_step_teacher": "step-by-step, teacher's labels",
     "step_by_step_shared": "step-by-step, one encoder pass",
+    "step_by_step_consistent": "step-by-step, consistency term",
+    "step_by_step_shuffled": "step-by-step, shuffled rationales",
+    "rationale_label": "one target: rationale, label",
+    "label_rationale": "one target: label, rationale",
 }
 REFERENCES = ("fine-tuning", "distillation")  # the first that is there
 
@@ -137,7 +141,8 @@ def line_names(runs: Sequence[Run]) -> dict[str, str]:
 
 def _setting_text(name: str, value) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return {"rationale_weight": f"λ {text}", "variant": text}.get(name, f"{name} {text}")
+    named = {"rationale_weight": f"λ {text}", "variant": text.replace("_", " ")}
+    return named.get(name, f"{name} {text}")
 
 
 def results_of(runs: Sequence[Run]) -> tuple[list[Result], dict[str, str]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from dslt.report.compare import Group, grouped
 from dslt.report.runs import Run
-from dslt.report.svg import Line, line_panel, marked_swatch, plain_swatch, thin_out
+from dslt.report.svg import Line, line_panel, marked_swatch, plain_swatch, sheet, thin_out
 from dslt.report.tables import mean_text, percent, share_text
 
 # Of metrics.jsonl or evaluations.jsonl: the key, what stands at the axis, and its factor.
@@ -34,6 +34,12 @@ class Figure:
     title: str
     legend: tuple[tuple[str, str], ...]
     panels: tuple[Panel, ...]
+
+
+def to_svg(figure: Figure) -> str:
+    """A file of its own, for a paper or a README."""
+    panels = [(panel.title, panel.svg) for panel in figure.panels]
+    return sheet(figure.title, figure.legend, panels)
 
 
 def data_figure(groups: Sequence[Group], styles: Mapping[str, int]) -> Figure | None:

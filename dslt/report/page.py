@@ -1,4 +1,5 @@
-"""Joins the parts of a report and writes it: index.html, report.md and a CSV file a table.
+"""Joins the parts of a report and writes it: index.html, report.md, a CSV file a table, and the
+figures of accuracy as SVG files.
 
 May import jinja2. The page loads nothing: styles and script stand in it, and its content security
 policy allows no other script and no connection.
@@ -10,15 +11,15 @@ import base64
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
 from dslt.files import write_text
 from dslt.report import browser, compare, tables
 from dslt.report.compare import Group
-from dslt.report.figures import Figure, curve_figures, data_figure, model_figure
+from dslt.report.figures import Figure, curve_figures, data_figure, model_figure, to_svg
 from dslt.report.formats import Table, markdown_text, to_csv, to_markdown
 from dslt.report.runs import Run, find_runs
+from dslt.report.svg import palette, template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Report:
     runs: tuple[Run, ...]
     reference: str | None
 
+    @property
+    def accuracy_figures(self) -> dict[str, Figure]:
+        """By the names of their files; those that there are."""
+        figures = {"accuracy_by_data.svg": self.data, "accuracy_by_model.svg": self.models}
+        return {name: figure for name, figure in figures.items() if figure}
+
 
 def write_report(paths: Sequence[Path], output_dir: Path, reference: str | None = None) -> Report:
     """Reads the runs at or below `paths` and writes the report's files into `output_dir`.
@@ -60,6 +67,8 @@ def write_report(paths: Sequence[Path], output_dir: Path, reference: str | None 
     report = make_report(runs, passed_over, reference)
     for table in report.tables.values():
         write_text(output_dir / f"{table.name}.csv", to_csv(table))
+    for name, figure in report.accuracy_figures.items():
+        write_text(output_dir / name, to_svg(figure))
     write_text(output_dir / "report.md", to_page_markdown(report))
     write_text(output_dir / "index.html", to_html(report))
     return report
@@ -148,12 +157,12 @@ def to_html(report: Report) -> str:
     )
     environment.filters["cell"] = cell_text
     browsed = [run for run in report.runs if run.predictions]
-    script = _template("page.js")
+    script = template("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     return environment.get_template("page.html").render(
         report=report,
         tables=report.tables,
-        style=Markup(_template("style.css")),
+        style=Markup(palette() + template("style.css")),
         script=Markup(script),
         script_digest=digest,
         data=browser.packed(browser.browser_data(browsed, [run.name for run in browsed])),
@@ -162,15 +171,12 @@ def to_html(report: Report) -> str:
 
 
 def to_page_markdown(report: Report) -> str:
-    """The page's words and tables, without its pictures and predictions."""
+    """The page's words, tables and figures of accuracy, without its predictions."""
     parts = ["# Report", *map(markdown_text, (*report.findings, *report.warnings))]
+    parts += [f"![{figure.title}]({name})" for name, figure in report.accuracy_figures.items()]
     for table in report.tables.values():
         if table.rows:
             parts.append(to_markdown(table))
     if report.left_out:
         parts.append(to_markdown(Table("left_out", "Left out", ("run", "reason"), report.left_out)))
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
-
-
-def _template(name: str) -> str:
-    return (files("dslt.report") / "templates" / name).read_text(encoding="utf-8")

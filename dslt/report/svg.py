@@ -1,15 +1,18 @@
-"""Panels as SVG that takes its colours and its font from the page around it.
+"""Panels as SVG that takes its colours and its font from the page around it, or from its file.
 
 May import matplotlib and numpy. A panel is drawn in placeholder colours; then each becomes a CSS
 variable, so that light and dark need one picture.
 
     svg = line_panel([Line(0, [0.1, 1.0], [0.5, 0.7])], x_label="share of the data")
+    text = sheet("Accuracy", legend=[("fine-tuning", swatch)], panels=[("facts", svg)])
 """
 
 import dataclasses
 import io
 import re
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from xml.sax.saxutils import escape
 
 import numpy as np
 
@@ -23,6 +26,9 @@ _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--rule", _PAPER: "--pape
     colour: f"--line-{i}" for i, colour in enumerate(_LINES)
 }
 _PANEL_INCHES = (4.6, 3.1)
+_POINTS = 72  # an inch
+# Of a sheet, in points: a swatch, a line of text, a margin, and about what a letter takes.
+_SWATCH, _LINE, _MARGIN, _LETTER = (30, 12), 18, 14, 6.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,3 +187,54 @@ def thin_out(
         for values in (x, y)
     ]
     return np.array(mean[0]), np.array(mean[1])
+
+
+def sheet(title: str, legend: Sequence[tuple[str, str]], panels: Sequence[tuple[str, str]]) -> str:
+    """An SVG file of its own, two panels a row, light or dark as its reader has it.
+
+    Args:
+      legend: what a line is called, and its swatch.
+      panels: titles and panels.
+    """
+    width, height = (_POINTS * inches for inches in _PANEL_INCHES)
+    columns = min(2, len(panels))
+    full_width = columns * (width + _MARGIN) + _MARGIN
+    parts, x, y = [_text(title, _MARGIN, _LINE, weight=600)], _MARGIN, 2.0 * _LINE
+    for name, swatch in legend:
+        taken = _SWATCH[0] + 6 + _LETTER * len(name)
+        if x > _MARGIN and x + taken > full_width:
+            x, y = _MARGIN, y + _LINE
+        parts += [_placed(swatch, x, y - 10, *_SWATCH), _text(name, x + _SWATCH[0] + 6, y)]
+        x += taken + _MARGIN
+    for number, (name, panel) in enumerate(panels):
+        x = _MARGIN + number % columns * (width + _MARGIN)
+        if number % columns == 0:
+            top, y = y + _MARGIN, y + _MARGIN + _LINE + height + _MARGIN
+        parts += [_text(name, x, top + _LINE - 4, weight=600)]
+        parts += [_placed(panel, x, top + _LINE, width, height)]
+    font = "svg { background: var(--paper) } text { font-family: system-ui, sans-serif }"
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {full_width:g} {y:g}" width="{full_width:g}" height="{y:g}">'
+        f"<title>{escape(title)}</title><style>{palette()}{font}</style>{''.join(parts)}</svg>\n"
+    )
+
+
+def palette() -> str:
+    """The CSS variables that pictures are drawn in, light and dark."""
+    return template("palette.css")
+
+
+def template(name: str) -> str:
+    """A file of the page's templates."""
+    return (files("dslt.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _text(text: str, x: float, y: float, weight: int = 400) -> str:
+    style = f"fill: var(--ink); font-size: 12px; font-weight: {weight}"
+    return f'<text x="{x:g}" y="{y:g}" style="{style}">{escape(text)}</text>'
+
+
+def _placed(svg: str, x: float, y: float, width: float, height: float) -> str:
+    place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
+    return svg.replace("<svg ", f"<svg {place} ", 1)

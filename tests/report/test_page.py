@@ -63,6 +63,12 @@ def written(tmp_path_factory):
     return output
 
 
+def test_the_figures_of_accuracy_are_files_too(written):
+    for name in ("accuracy_by_data.svg", "accuracy_by_model.svg"):
+        assert (written / name).read_text().startswith("<svg ")
+        assert f"]({name})" in (written / "report.md").read_text()
+
+
 def test_the_page_is_alone_and_whole(written):
     page = (written / "index.html").read_text()
     elements = Elements(page)

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 
-from dslt.report.svg import Line, line_panel, marked_swatch, plain_swatch, thin_out
+from dslt.report.svg import Line, line_panel, marked_swatch, plain_swatch, sheet, thin_out
 
 HOSTILE = "</svg><script>alert(1)</script> $\\frac{$ <b>&amp;"
 
@@ -58,3 +58,18 @@ def test_a_thinned_line_keeps_its_mean_and_its_length():
     assert len(x) == len(y) == 100
     assert np.mean(x) == 499.5 and np.allclose(y, 2 * x)
     assert thin_out([1, 2], [3, 4])[1].tolist() == [3, 4]
+
+
+def test_a_sheet_is_a_file_of_its_own_in_light_and_dark():
+    panels = [(f"panel {HOSTILE}", panel(name)) for name in "abc"]
+    text = sheet(HOSTILE, legend=[(HOSTILE, marked_swatch(0, "key"))] * 5, panels=panels)
+    root = ElementTree.fromstring(text)
+    places = [(float(e.get("x")), float(e.get("y"))) for e in root if e.tag.endswith("svg")]
+    assert len(set(places)) == 5 + 3
+    assert max(y for _, y in places) < float(root.get("height"))
+    used = set(re.findall(r"var\((--[\w-]+)\)", text))
+    light, dark = text.split("@media (prefers-color-scheme: dark)")
+    assert all(f"{name}: #" in light and f"{name}: #" in dark for name in used)
+    texts = ["".join(e.itertext()) for e in root if e.tag.endswith("text")]
+    assert texts == [HOSTILE] * 6 + [f"panel {HOSTILE}"] * 3
+    assert "http" not in text.replace("http://www.w3.org/", "")
