@@ -5,8 +5,6 @@ import json
 import random
 from pathlib import Path
 
-import pytest
-
 from dslt.metrics import is_correct
 from dslt.records import Prediction, write_rows
 
@@ -113,8 +111,3 @@ def write_lines(path: Path, rows) -> None:
 def changed(rows, **fields):
     """The rows with some fields of all of them replaced."""
     return [dataclasses.replace(row, **fields) for row in rows]
-
-
-@pytest.fixture(scope="session")
-def sweep(tmp_path_factory) -> Path:
-    return make_sweep(tmp_path_factory.mktemp("runs") / "sweep")

@@ -69,6 +69,20 @@ def test_the_figures_of_accuracy_are_files_too(written):
         assert f"]({name})" in (written / "report.md").read_text()
 
 
+def test_the_findings_say_with_how_little_data_a_method_is_as_good_or_that_it_is_not(
+    tmp_path,
+):
+    sweep = make_sweep(tmp_path / "sweep", seeds=2)
+    found = write_report([sweep], tmp_path / "a").findings
+    assert re.search(
+        r"^facts: 25 % of the data is enough for step-by-step \(.* fine-tuning", found[1]
+    )
+    found = write_report([sweep], tmp_path / "b", "step-by-step").findings
+    assert found[1].startswith(
+        "facts: with less than all of the data no other method reaches step-by-step on all of it ("
+    )
+
+
 def test_the_page_is_alone_and_whole(written):
     page = (written / "index.html").read_text()
     elements = Elements(page)
