@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from dslt import mirror
-from dslt.bucket import Bucket
 from dslt.checkpoint.manager import CheckpointManager, finished_steps
 from dslt.commands.evaluate import make_answer_sets
 from dslt.data.vocabulary import load_vocabulary
 from dslt.evaluate import EvalConfig
 from dslt.main import main
+from dslt.mirror import RunBucket
 from dslt.records import read_examples, read_predictions
 from dslt.signals import INTERRUPTED
 from dslt.workdir import RunDir, read_json, read_json_rows
@@ -623,7 +623,7 @@ def test_a_killed_run_goes_on_on_another_machine_and_a_third_one_follows(
     first = start(tmp_path / "first", *train_args(records, url), code=KILLED)
     first.communicate(timeout=120)
     assert first.returncode == -signal.SIGKILL
-    bucket = Bucket(url)
+    bucket = RunBucket(url)
     reached = max(bucket.checkpoints("checkpoints", bucket.find()))
 
     monkeypatch.setenv("DSLT_MIRROR_DIR", str(tmp_path / "second"))
