@@ -13,7 +13,7 @@ from dslt import signals
 from dslt.signals import INTERRUPTED
 
 PROGRAM = """
-import hashlib, os, signal, sys, time
+import hashlib, os, signal, sys, threading, time
 from dslt import signals
 
 signals.LEAVE_SECS = 1.0
@@ -35,7 +35,14 @@ RUN_IN_PYTHON = """
         say("in order")
 """
 COMPUTE = """
-    say("ready")
+    def say_once_it_computes():
+        main = threading.main_thread().ident
+        while sys._current_frames()[main].f_code is not compute.__code__:
+            time.sleep(0.01)
+        time.sleep(0.2)  # from its frame into C
+        say("ready")
+
+    threading.Thread(target=say_once_it_computes, daemon=True).start()
     compute()
 """
 LOOP = """
