@@ -132,14 +132,14 @@ def expand(
     for seed, fraction, number, method, model in itertools.product(*axes, config.models or ("",)):
         files = tuple(filter(None, (method, settings[number], model)))
         configs = read(files)
-        is_taught = _learns_from_teacher(configs)
-        if not is_taught and datasets[number] in datasets[:number]:
+        learns_from_teacher = _learns_from_teacher(configs)
+        if not learns_from_teacher and datasets[number] in datasets[:number]:
             continue
         for rationale_weight, budget, is_augmented in _choices(config, configs):
             facts = {
                 "method": Path(method).stem,
                 "dataset": datasets[number],
-                "variant": variants[number] if is_taught else "",
+                "variant": variants[number] if learns_from_teacher else "",
                 "fraction": fraction,
                 "model": Path(model).stem,
                 "seed": seed,
@@ -172,11 +172,11 @@ def _choices(config: SweepConfig, configs) -> Iterator[tuple[float, str, bool]]:
     """(λ, budget, whether augmented): the runs of one method on one subset."""
     has_rationale_task = configs.train.rationale_weight > 0
     grid = config.rationale_weights if has_rationale_task else ()
-    is_taught = configs.data.label_source == "teacher"
+    has_teacher_labels = configs.data.label_source == "teacher"
     return itertools.product(
         grid or (configs.train.rationale_weight,),
         (STEPS,) if has_rationale_task else config.budgets,
-        (False, True) if is_taught and config.augmentation else (False,),
+        (False, True) if has_teacher_labels and config.augmentation else (False,),
     )
 
 

@@ -7,19 +7,11 @@
 #
 # A quick look, one seed: bash launch/experiments.sh runs/look --gin "sweep.SweepConfig.seeds = (0,)"
 set -euo pipefail
-export EXTRAS="${EXTRAS:-report}"
-source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
-export JAX_PLATFORMS=cpu
+source "$(dirname "${BASH_SOURCE[0]}")/embedded_records.sh"
 out="${1:-runs/embedded}"
-shift || true
+families=("$out/facts" "$out/sums")
 
-records=()
-for family in facts sums; do
-  dslt extract --dataset "$family" --teacher scripted --mistake_rate 0.1 --facts 2 \
-    --output_dir "$out/$family"
-  records+=("'$out/$family/records.jsonl'")
-done
-joined="$(IFS=,; echo "${records[*]}")"
+for family in "${families[@]}"; do explain "$family" "${family##*/}"; done
 dslt sweep sweeps/embedded.gin --output_dir "$out/runs" --jobs "$(nproc)" \
-  --gin "sweep.SweepConfig.records = ($joined)" "$@"
+  --gin "sweep.SweepConfig.records = $(records_of "${families[@]}")" "${@:2}"
 dslt report "$out/runs" --output_dir "$out/report"

@@ -101,15 +101,27 @@ def estimate(experiments) -> str:
     """What training these runs costs: model FLOPs, and hours on one chip of each known kind."""
     from dslt import config
     from dslt.core.flops import PEAK_FLOPS
+    from dslt.data.pipeline import make_vocabulary
     from dslt.sweep import COMPUTE
 
-    step_flops = functools.cache(mean_step_flops)
     flops = 0.0
-    for experiment in experiments:
-        configs = config.parse(experiment.gin_files, experiment.overrides)
-        data = dataclasses.replace(configs.data, train_fraction=1.0)
-        has_both_tasks = experiment.facts["budget"] == COMPUTE or configs.train.rationale_weight > 0
-        flops += configs.train.num_steps * step_flops(configs.model, data, has_both_tasks)
+    with tempfile.TemporaryDirectory() as directory:
+
+        @functools.cache
+        def vocabulary_of(data):
+            return make_vocabulary(data, Path(directory) / "vocabulary")
+
+        @functools.cache
+        def flops_of(model, data, has_both_tasks):
+            return step_flops(model, data, vocabulary_of(data), 0, has_both_tasks)
+
+        for experiment in experiments:
+            configs = config.parse(experiment.gin_files, experiment.overrides)
+            has_both_tasks = (
+                experiment.facts["budget"] == COMPUTE or configs.train.rationale_weight > 0
+            )
+            data = dataclasses.replace(configs.data, train_fraction=1.0)
+            flops += configs.train.num_steps * flops_of(configs.model, data, has_both_tasks)
     lines = [
         f"{len(experiments):,} missing runs: {flops / 1e15:,.4g} PFLOPs of training, at the train "
         "split's mean lengths",
@@ -123,38 +135,19 @@ def estimate(experiments) -> str:
     return "\n".join(lines)
 
 
-def mean_step_flops(model, data, has_both_tasks: bool) -> float:
-    """Model FLOPs of a step, from the mean lengths of all train examples."""
-    from dslt.core.flops import train_step_flops
-    from dslt.data.pipeline import TrainStream, make_vocabulary
-    from dslt.data.target_layout import LABEL
-
-    if has_both_tasks:
-        data = dataclasses.replace(data, target_layout=LABEL)
-    with tempfile.TemporaryDirectory() as directory:
-        vocabulary = make_vocabulary(data, Path(directory) / "vocabulary")
-        stream = TrainStream(data, vocabulary, seed=0, use_rationales=has_both_tasks)
-        tokens = stream.mean_example_tokens()
-    return data.batch_examples * train_step_flops(model, *tokens)
-
-
 def budget_overrides(experiment, run) -> list[str]:
     """The number of steps of a run that is given the compute of both tasks; else nothing."""
     from dslt import config
     from dslt.commands.train import open_train_stream
-    from dslt.core.flops import train_step_flops
-    from dslt.data.pipeline import TrainStream
-    from dslt.data.target_layout import LABEL
     from dslt.sweep import COMPUTE, equal_compute_steps
 
     if experiment.facts["budget"] != COMPUTE:
         return []
     configs = config.parse(experiment.gin_files, experiment.overrides)
-    own, vocabulary = open_train_stream(run, configs)
-    two_tasks = dataclasses.replace(configs.data, target_layout=LABEL)
-    both = TrainStream(two_tasks, vocabulary, seed=configs.train.seed, use_rationales=True)
+    _, vocabulary = open_train_stream(run, configs)
     own_flops, both_flops = (
-        train_step_flops(configs.model, *stream.mean_example_tokens()) for stream in (own, both)
+        step_flops(configs.model, configs.data, vocabulary, configs.train.seed, has_both_tasks)
+        for has_both_tasks in (False, True)
     )
     steps = equal_compute_steps(configs.train.num_steps, own_flops, both_flops)
     every = round(configs.train.save_every_steps * steps / configs.train.num_steps)
@@ -162,6 +155,19 @@ def budget_overrides(experiment, run) -> list[str]:
         f"train.TrainConfig.num_steps = {steps}",
         f"train.TrainConfig.save_every_steps = {max(1, every)}",
     ]
+
+
+def step_flops(model, data, vocabulary, seed: int, has_both_tasks: bool) -> float:
+    """Model FLOPs of a step, of a method's own one task or of both, at the mean lengths of the
+    examples of its train split's subset."""
+    from dslt.core.flops import train_step_flops
+    from dslt.data.pipeline import TrainStream
+    from dslt.data.target_layout import LABEL
+
+    if has_both_tasks:
+        data = dataclasses.replace(data, target_layout=LABEL)
+    stream = TrainStream(data, vocabulary, seed=seed, use_rationales=has_both_tasks)
+    return data.batch_examples * train_step_flops(model, *stream.mean_example_tokens())
 
 
 def run_all(args, names: list[str], directory: Path) -> int:

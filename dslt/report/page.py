@@ -19,7 +19,7 @@ from dslt.report.compare import Group
 from dslt.report.figures import Figure, curve_figures, data_figure, model_figure, to_svg
 from dslt.report.formats import Table, markdown_text, to_csv, to_markdown
 from dslt.report.runs import Run, find_runs
-from dslt.report.svg import palette, template
+from dslt.report.svg import palette
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +162,14 @@ def to_html(report: Report) -> str:
     )
     environment.filters["cell"] = cell_text
     browsed = [run for run in report.runs if run.predictions]
-    script = template("page.js")
+    script, style = (
+        environment.loader.get_source(environment, name)[0] for name in ("page.js", "style.css")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     return environment.get_template("page.html").render(
         report=report,
         tables=report.tables,
-        style=Markup(palette() + template("style.css")),
+        style=Markup(palette() + style),
         script=Markup(script),
         script_digest=digest,
         data=browser.packed(browser.browser_data(browsed, [run.name for run in browsed])),

@@ -222,12 +222,7 @@ def sheet(title: str, legend: Sequence[tuple[str, str]], panels: Sequence[tuple[
 
 def palette() -> str:
     """The CSS variables that pictures are drawn in, light and dark."""
-    return template("palette.css")
-
-
-def template(name: str) -> str:
-    """A file of the page's templates."""
-    return (files("dslt.report") / "templates" / name).read_text(encoding="utf-8")
+    return (files("dslt.report") / "templates" / "palette.css").read_text(encoding="utf-8")
 
 
 def _text(text: str, x: float, y: float, weight: int = 400) -> str:

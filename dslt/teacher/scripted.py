@@ -65,10 +65,8 @@ STORIES = (
      ("{0} had {1} {2} , gave {3} and got {4} . first there are more , then more , "
       "{1} plus {3} plus {4} .", "(({1} + {3}) + {4})")),
 )  # fmt: skip
-
-
-WORDINGS = 2
 _OPERATORS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
+WORDINGS = 2
 
 
 def complete(
@@ -121,19 +119,16 @@ def _explain_facts(text: str, is_mistaken: bool, rng: random.Random, wording: in
     if is_mistaken:
         what, which = _misread((what, which), (colour, thing), rng)
     if which != thing:
-        label, compared = (
-            "neutral",
-            (f"{which} is not {thing} .", f"of a {thing} nothing is said ."),
-        )
+        label = "neutral"
+        compared = f"{which} is not {thing} .", f"of a {thing} nothing is said ."
     elif what != colour:
-        label, compared = (
-            "contradiction",
-            (f"{what} is not {colour} .", f"{colour} would be wrong ."),
-        )
+        label = "contradiction"
+        compared = f"{what} is not {colour} .", f"{colour} would be wrong ."
     else:
-        label, compared = "entailment", (f"{what} is {colour} .", f"{colour} it is .")
-    stated = (f"{name} has a {what} {which} .", f"what {name} has is {what} and a {which} .")
-    return f"{stated[wording]} {compared[wording]} So the answer is {label}."
+        label = "entailment"
+        compared = f"{what} is {colour} .", f"{colour} it is ."
+    said = f"{name} has a {what} {which} .", f"what {name} has is {what} and a {which} ."
+    return f"{said[wording]} {compared[wording]} So the answer is {label}."
 
 
 def _misread(stated: tuple, claimed: tuple, rng: random.Random) -> tuple[str, str]:
