@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from dslt.checkpoint import hf_t5
+from dslt.checkpoint import hf_t5, hf_tensors
 from dslt.core import t5
 from dslt.core.batch import Batch
 from dslt.core.decode import greedy_decode
@@ -93,8 +93,8 @@ def check_parity(directory: Path) -> None:
     assert_near(np.asarray(logits)[is_target], expected["logits"][is_target], "logits")
     assert_near(loss, expected["loss"], "loss")
     grads = jax.tree.map(np.asarray, grads)
-    for name, spec in hf_t5.tensor_specs(config).items():
-        assert_near(hf_t5.file_tensor(grads, spec), expected[f"gradient.{name}"], name)
+    for name, spec in hf_tensors.tensor_specs(config).items():
+        assert_near(hf_tensors.file_tensor(grads, spec), expected[f"gradient.{name}"], name)
     decoded = decode(
         params,
         batch.encoder_input_tokens,

@@ -29,7 +29,7 @@ import numpy as np
 import safetensors.numpy
 
 from dslt import config, metrics, records, workdir
-from dslt.checkpoint import hf_t5
+from dslt.checkpoint import hf_t5, hf_tensors, hf_tokenizer
 from dslt.checkpoint.manager import Layout
 from dslt.commands.predict import read_inputs
 from dslt.core import t5
@@ -432,8 +432,8 @@ def _is_plain(data: bytes) -> bool:
 def _check_weights(directory: Path, expected: dict | None) -> None:
     with _cached_shapes():
         _, params = hf_t5.load_params(directory)
-    for name, spec in hf_t5.tensor_specs(TINY).items() if expected is not None else ():
-        found = hf_t5.file_tensor(params, spec)
+    for name, spec in hf_tensors.tensor_specs(TINY).items() if expected is not None else ():
+        found = hf_tensors.file_tensor(params, spec)
         name = name if name in expected else "encoder.embed_tokens.weight"
         assert np.array_equal(found, expected[name].astype(np.float32), equal_nan=True), name
 
@@ -478,7 +478,7 @@ def sentencepiece_model(data: bytes, scratch: Path) -> None:
 
 def _tokenizer_seeds(directory: Path) -> list[bytes]:
     _spiece_seeds(directory)
-    hf_t5._write_tokenizer_json(directory / "s.model", directory / "tokenizer.json")
+    hf_tokenizer.write_tokenizer_json(directory / "s.model", directory / "tokenizer.json")
     return [(directory / "tokenizer.json").read_bytes()]
 
 
