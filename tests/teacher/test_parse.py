@@ -11,6 +11,7 @@ from dslt.teacher.parse import (
     NO_ANSWER,
     NO_CHOICE,
     NO_EQUATION,
+    REASONS,
     TEXT,
     TRUNCATED,
     TWO_ANSWERS,
@@ -237,7 +238,12 @@ def test_no_text_breaks_the_parser(form):
     for text in ("\x00", "Answer:" * 500, "(" * 5000, "the answer is " + "(" * 5000,
                  "answer: " + "1 and " * 2000, json.dumps({"answer": "x"}), "*" * 3000,
                  "answer: " + "a b " * 3000):  # fmt: skip
-        parse_completion(text, form, CHOICES)
+        parsed = parse_completion(text, form, CHOICES)
+        if parsed.reason is None:  # used: only where there is something to use
+            assert parsed.rationale.strip() and parsed.answer.strip()
+        else:
+            assert parsed.reason in REASONS
+            assert parsed.rationale is None and parsed.answer is None
 
 
 @pytest.mark.parametrize(
