@@ -1,6 +1,7 @@
 """Which tables a report has. How a table is written is in formats.py."""
 
-from collections.abc import Iterable, Sequence
+import collections
+from collections.abc import Iterable, Iterator, Sequence
 
 from dslt.report import compare, rationales
 from dslt.report.compare import Group, PairedTest, Result, grouped
@@ -40,16 +41,31 @@ def accuracy_table(groups: Sequence[Group]) -> Table:
             seeds = sorted({len(group.results) for group in members})
             seeds_text = "–".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
             rows.append((dataset, model, line, seeds_text, *(cells.get(f) for f in fractions)))
-        for teacher in sorted({group.teacher for group in block} - {None}):  # several may differ
-            taught = {group.fraction for group in block if group.teacher == teacher}
+        for name, teacher, taught in _teachers(block):
             cells = (percent(teacher) if f in taught else None for f in fractions)
-            rows.append((dataset, model, "the teacher", None, *cells))
+            rows.append((dataset, model, name, None, *cells))
     return Table(
         "accuracy",
         "Test accuracy in %, mean ± standard error over seeds, by share of the training data",
         ("dataset", "model", "method", "seeds", *map(share_text, fractions)),
         tuple(rows),
     )
+
+
+def _teachers(block: Sequence[Group]) -> Iterator[tuple[str, float, set[float]]]:
+    """What to call each teacher of these groups, its accuracy, and the fractions it is beside.
+
+    Where there are several, the one of most groups is that of the others.
+    """
+    counts = collections.Counter(g.teacher for g in block if g.teacher is not None)
+    for rank, (teacher, _) in enumerate(counts.most_common()):
+        taught = [group for group in block if group.teacher == teacher]
+        name = "the teacher"
+        if rank > 0:
+            name += f" of {'; '.join(dict.fromkeys(group.line for group in taught))}"
+        elif len(counts) > 1:
+            name += " of the others"
+        yield name, teacher, {group.fraction for group in taught}
 
 
 def groups_table(groups: Sequence[Group]) -> Table:

@@ -266,5 +266,6 @@ def test_each_teacher_has_its_row_and_its_level(tmp_path):
     report = write_report([tmp_path / "runs"], tmp_path / "out")
     assert [row[2:] for row in report.tables["accuracy"].rows] == [
         ("step-by-step, teacher a", "1", "55.0"), ("step-by-step, teacher b", "1", "55.0"),
-        ("the teacher", None, "70.0"), ("the teacher", None, "100.0"),
+        ("the teacher of the others", None, "70.0"),
+        ("the teacher of step-by-step, teacher b", None, "100.0"),
     ]  # fmt: skip
