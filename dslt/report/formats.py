@@ -11,6 +11,7 @@ import re
 # A spreadsheet takes a cell that begins with one of these for a formula.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%", "＝", "＋", "－", "＠")
 _NUMBER = re.compile(r"[-−+<]?\s?[\d.,]+(?: %| ± [\d.]+| to [-−+]?[\d.]+|–\d+)?")
+_SIGNED = re.compile(r"[-−+]\d+(?:\.\d+)?")
 _MARKDOWN = re.compile(r"([\\`*_\[\]|#~$!>])")
 
 
@@ -85,4 +86,6 @@ def csv_cell(cell) -> str | int | float:
     if isinstance(cell, int | float):
         return cell
     text = str(cell).replace("\0", "")
+    if _SIGNED.fullmatch(text):  # a number, as programs read it
+        return text.replace("−", "-").removeprefix("+")
     return "'" + text if text.lstrip(" ").startswith(_FORMULA_STARTS) else text

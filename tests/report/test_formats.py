@@ -45,6 +45,11 @@ def test_no_cell_is_a_formula(start):
     assert cell == "'" + text and number == "-1.5"
 
 
+def test_signed_numbers_are_numbers_in_csv():
+    rows = to_csv(table(("+0.9", "−6.5"), ("-3", "−7.7 to +13.1"))).splitlines()[1:]
+    assert rows == ["0.9,-6.5", "-3,−7.7 to +13.1"]
+
+
 def test_markdown_keeps_hostile_text_in_its_cell():
     text = "a|b\n| c |\r\n<img src=x onerror=alert(1)> [x](http://y) **b** `c` \\| &lt;"
     lines = to_markdown(table((text, "x"), ("d", "y"))).splitlines()
