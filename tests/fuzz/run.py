@@ -2,7 +2,7 @@
 
     python tests/fuzz/run.py --target read_examples --runs 100000 --log executions.jsonl
 
-Half of the inputs are libFuzzer's own changes, half those of `targets.mutate`. Without atheris,
+Half of the inputs are libFuzzer's own changes, half those of `mutations.mutate`. Without atheris,
 `--mutate` runs the latter alone, which needs nothing installed. A fault ends the run with its
 traceback, and its input is left as `FAULTS/<target>-…`.
 """
@@ -19,7 +19,10 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+import mutations  # plain; the targets wait for what instruments them
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
@@ -52,7 +55,7 @@ def run_mutations(args) -> None:
     faults: dict[str, str] = {}
     for number in range(args.runs):
         is_seed = number < len(seeds)
-        data = seeds[number] if is_seed else targets.mutate(rng.choice(seeds), rng, seeds)
+        data = seeds[number] if is_seed else mutations.mutate(rng.choice(seeds), rng, seeds)
         signal.alarm(args.max_input_secs)
         try:
             accepted += read(data)
@@ -92,7 +95,7 @@ def run_atheris(args) -> None:
     def change(data: bytes, max_size: int, seed: int) -> bytes:
         if seed % 2:
             return atheris.Mutate(data, max_size)
-        return targets.mutate(data, random.Random(seed), seeds)[:max_size]
+        return mutations.mutate(data, random.Random(seed), seeds)[:max_size]
 
     def write() -> None:
         if args.log:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+import mutations
 import targets
 
 RUNS = int(os.environ.get("DSLT_FUZZ_RUNS", 150))
@@ -28,7 +29,7 @@ def test_a_damaged_or_forged_file_is_read_or_refused(name):
     seeds = targets.seeds(name)
     rng = random.Random(name)
     for _ in range(RUNS // SLOW.get(name, 1)):
-        data = targets.mutate(rng.choice(seeds), rng, seeds)
+        data = mutations.mutate(rng.choice(seeds), rng, seeds)
         try:
             targets.TARGETS[name](data)
         except Exception as error:
