@@ -51,8 +51,7 @@ def initialize(
     """Waits for the other processes. To be called before JAX looks at its devices.
 
     What is None is found by JAX: on a Cloud TPU pod, in a Slurm step, under Open MPI. Afterwards
-    process 0 alone prints to standard output and shows progress bars (if tqdm is imported later). A
-    second call does nothing.
+    process 0 alone prints to standard output and shows progress bars. A second call does nothing.
 
     Args:
       coordinator: host:port at which process 0 listens.
@@ -93,12 +92,16 @@ def initialize(
     threading.Thread(target=_watch, daemon=True).start()
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, to the end
-        os.environ["TQDM_DISABLE"] = "1"
 
 
 def is_main() -> bool:
     """Whether this process prints and writes. True in a single process."""
     return global_state.process_id == 0
+
+
+def hides_bars() -> bool:
+    """Whether this process draws no progress bar: another does, or nobody looks or wants to."""
+    return not (is_main() and sys.stderr.isatty()) or os.environ.get("TQDM_DISABLE", "0") != "0"
 
 
 def is_alone() -> bool:

@@ -169,7 +169,8 @@ class Decoder:
 
 
 def _progress(total: int, description: str) -> tqdm:
-    return tqdm(total=total, desc=description, unit="row", leave=False, delay=2)
+    hidden = distributed.hides_bars()
+    return tqdm(total=total, desc=description, unit="row", leave=False, delay=2, disable=hidden)
 
 
 def answer(

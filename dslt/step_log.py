@@ -148,6 +148,6 @@ class LogInterval:
 
 
 def progress_line(values: dict[str, float]) -> str:
-    """What stands behind the progress bar."""
+    """What stands behind the progress bar, or in its place where there is no terminal."""
     shown = ("label_loss", "rationale_loss", "label_accuracy", "examples_per_sec")
     return ", ".join(f"{name}={values[name]:.3g}" for name in shown if name in values)

@@ -7,6 +7,7 @@ Imports core, checkpoint, workdir and records. It is handed batches and never se
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import NoReturn, Protocol
@@ -185,7 +186,12 @@ def train(
         in_a_row = 0
         with (
             signals.deferred() as stop,
-            tqdm(initial=start, total=config.num_steps, unit="step") as bar,
+            tqdm(
+                initial=start,
+                total=config.num_steps,
+                unit="step",
+                disable=distributed.hides_bars(),
+            ) as bar,
         ):
             for step, batch in enumerate(itertools.chain([first], batches), start=start + 1):
                 state, metrics = step_fn(state, batch)
@@ -208,9 +214,12 @@ def train(
                         raise InputError(too_many_skipped(run, found[-1], in_a_row))
                 if is_logging:
                     values = interval.summary() | {"learning_rate": float(schedule(step - 1))}
+                    bar.set_postfix_str(progress_line(values))
                     if writer:
                         writer.write(step, values)
-                    bar.set_postfix_str(progress_line(values))
+                        if bar.disable:  # no terminal: a line a row
+                            line = f"step {step:,} of {config.num_steps:,}: {progress_line(values)}"
+                            print(line, file=sys.stderr, flush=True)
                 if is_saving:
                     manager.save(state, layout)
                 if is_last:

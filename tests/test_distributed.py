@@ -396,11 +396,26 @@ def test_the_best_checkpoint_of_several_processes_serves_one(base, two):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(best), final_params(stopped)[1])
 
 
+def test_a_bar_is_drawn_by_process_0_where_somebody_looks_and_wants_to(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert not distributed.hides_bars()
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert distributed.hides_bars()
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    assert not distributed.hides_bars()
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    assert distributed.hides_bars()
+    monkeypatch.setattr(distributed, "is_main", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    assert distributed.hides_bars()
+
+
 def test_process_0_alone_speaks(base, two, four):
     for main_process, *others in (two, four):
-        assert "best on validation" in main_process.out and "step/s" in main_process.err
+        assert "best on validation" in main_process.out and "label_loss=" in main_process.err
         for process in others:
-            assert "validation" not in process.out and "step/s" not in process.err
+            assert "validation" not in process.out and "label_loss=" not in process.err
     assert len(list((base / "run").glob("events.out.tfevents*"))) == 2  # one a training
 
 
