@@ -5,6 +5,7 @@ import itertools
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,21 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory):
+def explained(directory: Path, train: int) -> tuple[str, ...]:
     """A records file each of two families."""
     paths = []
     for family in ("facts", "sums"):
-        directory = tmp_path_factory.mktemp(family)
-        sizes = ["--train", "40", "--validation", "6", "--test", "6"]
+        output = directory / family
+        sizes = ["--train", str(train), "--validation", "6", "--test", "6"]
         args = ["--dataset", family, "--teacher", "scripted", *sizes]
-        assert main(["extract", *args, "--output_dir", str(directory)]) == 0
-        paths.append(str(directory / "records.jsonl"))
+        assert main(["extract", *args, "--output_dir", str(output)]) == 0
+        paths.append(str(output / "records.jsonl"))
     return tuple(paths)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    return explained(tmp_path_factory.mktemp("records"), train=40)
 
 
 def names_of(**fields):
@@ -265,16 +270,19 @@ def test_a_list_has_a_command_for_what_is_missing(swept, capsys):
     assert only not in "".join(lines)
 
 
-def test_an_estimate_is_the_flops_of_what_is_missing(records, tmp_path, capsys):
-    """In PFLOPs, and in hours at 35 % of a chip's peak; nothing is run."""
-    file = tmp_path / "sweep.gin"
-    steps = 2_000_000_000
+def test_an_estimate_is_the_flops_of_what_is_missing(tmp_path, capsys):
+    """In PFLOPs, and in hours at 35 % of a chip's peak; nothing is run. Several vocabularies: each
+    records file has its own, and so has a target of two parts."""
+    records = explained(tmp_path, train=32)
+    methods = {"fine_tuning": False, "step_by_step": True, "rationale_label": False}
+    steps = 1_000_000_000
     overrides = (*SMALL[2:], f"train.TrainConfig.num_steps = {steps}")
+    file = tmp_path / "sweep.gin"
     file.write_text(
         "from __gin__ import dynamic_registration\nfrom dslt import sweep\n"
-        f"sweep.SweepConfig.records = {records[:1]!r}\n"
+        f"sweep.SweepConfig.records = {records!r}\n"
         "sweep.SweepConfig.settings = ('settings/facts.gin',)\n"
-        "sweep.SweepConfig.methods = ('runs/fine_tuning.gin', 'runs/step_by_step.gin')\n"
+        f"sweep.SweepConfig.methods = {tuple(f'runs/{method}.gin' for method in methods)!r}\n"
         "sweep.SweepConfig.seeds = (0, 1)\n"
         f"sweep.SweepConfig.overrides = {overrides!r}\n"
     )
@@ -282,19 +290,17 @@ def test_an_estimate_is_the_flops_of_what_is_missing(records, tmp_path, capsys):
     assert main(["sweep", str(file), "--output_dir", str(runs), "--estimate"]) == 0
     printed = capsys.readouterr().out
     step_flops = 0.0
-    for method, use_rationales in (("fine_tuning", False), ("step_by_step", True)):
+    for path, (method, use_rationales) in itertools.product(records, methods.items()):
         files = (f"runs/{method}.gin", "settings/facts.gin")
-        configs = config.parse(
-            files, [f"pipeline.DataConfig.records = {records[:1]!r}", *SMALL[2:]]
-        )
-        vocabulary = make_vocabulary(configs.data, tmp_path / method)
+        configs = config.parse(files, [f"pipeline.DataConfig.records = ({path!r},)", *SMALL[2:]])
+        vocabulary = make_vocabulary(configs.data, Path(tempfile.mkdtemp(dir=tmp_path)))
         stream = TrainStream(configs.data, vocabulary, seed=0, use_rationales=use_rationales)
-        epoch = [stream.counts(step) for step in range(stream.num_examples // 8)]
-        source = sum(counts.source_tokens for counts in epoch) / len(epoch)
-        target = sum(counts.target_tokens for counts in epoch) / len(epoch)
+        epochs = [stream.counts(step) for step in range(stream.num_examples)]  # eight
+        source = sum(counts.source_tokens for counts in epochs) / len(epochs)
+        target = sum(counts.target_tokens for counts in epochs) / len(epochs)
         step_flops += train_step_flops(configs.model, source, target)
     expected = 2 * steps * step_flops / 1e15
-    found = float(re.search(r"4 missing runs: ([\d,.e+]+) PFLOPs", printed)[1].replace(",", ""))
+    found = float(re.search(r"12 missing runs: ([\d,.e+]+) PFLOPs", printed)[1].replace(",", ""))
     assert found == pytest.approx(expected, rel=1e-3)
     hours = float(re.search(r"NVIDIA H100 +([\d,.]+)", printed)[1].replace(",", ""))
     assert hours == pytest.approx(expected / (0.35 * 0.989) / 3600, abs=0.006)

@@ -57,7 +57,8 @@ def sweep(args) -> int:
         return run_one(by_name[args.only], directory)
     missing = [name for name in by_name if not is_done(RunDir(directory / name))]
     if args.list:
-        print(*(shlex.join(["dslt", *arguments(args, name)]) for name in missing), sep="\n")
+        for name in missing:
+            print(shlex.join(["dslt", *arguments(args, name)]))
         return 0
     print(f"{len(by_name)} runs, {len(by_name) - len(missing)} of them done", flush=True)
     if args.estimate:
@@ -109,7 +110,8 @@ def estimate(experiments) -> str:
 
         @functools.cache
         def vocabulary_of(data):
-            return make_vocabulary(data, Path(directory) / "vocabulary")
+            own = tempfile.mkdtemp(dir=directory)  # SeqIO remembers a vocabulary by its path
+            return make_vocabulary(data, Path(own) / "vocabulary")
 
         @functools.cache
         def flops_of(model, data, has_both_tasks):
@@ -138,13 +140,13 @@ def estimate(experiments) -> str:
 def budget_overrides(experiment, run) -> list[str]:
     """The number of steps of a run that is given the compute of both tasks; else nothing."""
     from dslt import config
-    from dslt.commands.train import open_train_stream
+    from dslt.commands.train import open_vocabulary
     from dslt.sweep import COMPUTE, equal_compute_steps
 
     if experiment.facts["budget"] != COMPUTE:
         return []
     configs = config.parse(experiment.gin_files, experiment.overrides)
-    _, vocabulary = open_train_stream(run, configs)
+    vocabulary = open_vocabulary(run, configs)
     own_flops, both_flops = (
         step_flops(configs.model, configs.data, vocabulary, configs.train.seed, has_both_tasks)
         for has_both_tasks in (False, True)

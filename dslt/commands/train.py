@@ -102,9 +102,25 @@ def record_changes(run, changes) -> None:
 
 
 def open_train_stream(run, configs) -> tuple:
-    """The batches of a run and its vocabulary, which is copied into the run's directory."""
+    """The batches of a run, and its vocabulary."""
+    from dslt.data.pipeline import TrainStream
+
+    vocabulary = open_vocabulary(run, configs)
+    stream = TrainStream(
+        configs.data,
+        vocabulary,
+        seed=configs.train.seed,
+        use_rationales=configs.train.rationale_weight > 0,
+    )
+    if run.has_checkpoints():
+        check_same_data(run, stream, vocabulary)
+    return stream, vocabulary
+
+
+def open_vocabulary(run, configs):
+    """The vocabulary of a run, which a new one copies into its directory."""
     from dslt import distributed
-    from dslt.data.pipeline import TrainStream, make_vocabulary
+    from dslt.data.pipeline import make_vocabulary
     from dslt.data.vocabulary import load_vocabulary
     from dslt.start import find_branch
     from dslt.workdir import RunDir
@@ -127,15 +143,7 @@ def open_train_stream(run, configs) -> tuple:
             f"the vocabulary {configs.data.vocabulary!r} has {vocabulary.size:,} ids, but "
             f"t5.T5Config.vocab_size is {configs.model.vocab_size:,}; expected at least as many"
         )
-    stream = TrainStream(
-        configs.data,
-        vocabulary,
-        seed=configs.train.seed,
-        use_rationales=configs.train.rationale_weight > 0,
-    )
-    if run.has_checkpoints():
-        check_same_data(run, stream, vocabulary)
-    return stream, vocabulary
+    return vocabulary
 
 
 def check_same_data(run, stream, vocabulary) -> None:
