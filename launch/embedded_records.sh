@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the experiments: the environment, and how their records are made.
 export EXTRAS="${EXTRAS:-report}"
-source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh" || exit
+source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 export JAX_PLATFORMS=cpu
 
 # explain DIRECTORY FAMILY [flags of dslt extract]: the problems of a family into DIRECTORY.

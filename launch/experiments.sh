@@ -16,8 +16,8 @@ dslt sweep sweeps/embedded.gin --output_dir "$out/runs" --jobs "$(nproc)" \
   --gin "sweep.SweepConfig.records = $(records_of "${families[@]}")" "${@:2}"
 shopt -s nullglob  # the flags may leave all of these out
 # What the students of all the data explain, for the report's table of rationales.
-for run in "$out"/runs/*-step_by_step*-100pct-seed*; do
-  step="$(basename "$run"/best/*)"
+for best in "$out"/runs/*-step_by_step*-100pct-seed*/best/*; do
+  run="${best%/best/*}" step="${best##*/}"
   if ! grep -q '"rationale": "' "$run/evaluations/$step/predictions.jsonl"; then
     dslt evaluate --run_dir "$run" --step "$step" \
       --gin "evaluate.EvalConfig.with_rationales = True"

@@ -5,6 +5,7 @@
 #   sbatch --nodes=2 launch/gpu_slurm.sh train runs/step_by_step.gin settings/paper.gin \
 #     models/t5_v1_1_large.gin --run_dir runs/paper
 #
+# A line of `dslt sweep … --list` is such a command too, for --gpus-per-node=1 --ntasks-per-node=1.
 # train and evaluate run on every GPU, other commands in one process. At the time limit dslt finishes
 # its step and saves, and the job queues again and resumes; cancelled (scancel), it saves and ends.
 #
@@ -27,12 +28,16 @@ die() {
   exit 2
 }
 
+if [[ "${1:-}" == dslt ]]; then shift; fi
 (($#)) || die "found no dslt command; expected one, such as: sbatch launch/gpu_slurm.sh train …"
 [[ -n "${SLURM_JOB_ID:-}" ]] || die "found no Slurm job; submit it: sbatch launch/gpu_slurm.sh $*"
 cd "$SLURM_SUBMIT_DIR" # Slurm runs a copy of this script from elsewhere
 [[ -f launch/setup_venv.sh ]] || die "$PWD is no checkout of dslt; submit from the checkout's root"
 EXTRAS="${EXTRAS-gpu}"
+exec {lock}>.venv.lock
+flock "$lock" # jobs that begin at once install once
 source launch/setup_venv.sh
+exec {lock}>&-
 
 tasks=(--nodes=1 --ntasks=1)
 if [[ "$1" == train || "$1" == evaluate ]]; then

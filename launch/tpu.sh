@@ -11,7 +11,7 @@
 # run     copies the code at a commit to every worker, installs it there (what is installed already
 #         is not again), runs the dslt command on all of them and follows worker 0's log. Ctrl-C ends
 #         the following, not the job. train and evaluate run on every worker, with --distributed where
-#         there are several; other commands on worker 0.
+#         there are several; other commands on worker 0, sweep on slices of one worker alone.
 # status  the slice's state and each worker's
 # logs    follows the log of --worker; with `--worker all`, prints the last lines of each
 # ssh     a shell on --worker, or the command after --
@@ -499,7 +499,18 @@ judge() {
   return "$first_status"
 }
 
-attempt() { install_on_workers && start_on_workers && follow 0 && judge; }
+# A sweep trains in one process; on worker 0's CPU, where other commands go, it would take for ever.
+check_one_worker() {
+  if [[ "${command[0]}" != sweep || ! "$num_workers" =~ ^[0-9]+$ || "$num_workers" == 1 ||
+    " ${command[*]} " == *" --list "* || " ${command[*]} " == *" --estimate "* ]]; then
+    return
+  fi
+  die "the slice $name has $num_workers workers, and a sweep trains in one process; expected a slice of" \
+    "one worker, such as v5litepod-8; this one stays until bash launch/tpu.sh delete. On several, give" \
+    "train and evaluate of each run"
+}
+
+attempt() { check_one_worker && install_on_workers && start_on_workers && follow 0 && judge; }
 
 run() {
   check_command

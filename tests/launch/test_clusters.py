@@ -54,6 +54,13 @@ def test_slurm_trains_on_every_gpu_and_exports_in_one_process(tmp_path):
     assert calls == ["setup gpu", "srun --nodes=1 --ntasks=1 dslt export --student r"]
 
 
+def test_slurm_takes_a_line_of_a_sweeps_list(tmp_path):
+    status, calls = submit(tmp_path, "dslt", "sweep", "s.gin", "--output_dir", "o", "--only", "r")
+    assert status == 0
+    assert calls[1:] == ["srun --nodes=1 --ntasks=1 dslt sweep s.gin --output_dir o --only r"]
+    assert submit(tmp_path / "no_command", "dslt") == (2, [])
+
+
 @pytest.mark.parametrize(
     ("state", "requeued"), [("RUNNING", ["scontrol requeue 17"]), ("COMPLETING", [])]
 )

@@ -549,6 +549,20 @@ def test_other_commands_run_on_worker_0s_cpu(slice_of_two):
     assert not (world.path / "workers" / "1" / "dslt" / "job").exists()
 
 
+def test_a_sweep_runs_on_the_chips_of_one_worker_and_of_no_more(slice_of_two):
+    world = slice_of_two
+    world.program("import os; print(arguments[0], os.environ.get('JAX_PLATFORMS'))")
+    command = ["sweep", "s.gin", "--output_dir", str(world.shared / "sweep")]
+    refused = world.tpu("run", "--", *command, "--only", "a-run")
+    assert refused.status == 2 and "has 2 workers, and a sweep trains in one process" in refused.err
+    assert not world.calls("scp")
+    assert world.tpu("run", "--", *command, "--list").out == "sweep cpu\n"
+    (world.path / "num_workers").write_text("1")
+    world.make_slice()
+    found = world.tpu("run", "--", "dslt", *command, "--only", "a-run", JAX_PLATFORMS="tpu")
+    assert found.out == "sweep tpu\n", found.err
+
+
 def test_logs_of_many_workers_are_told_apart(tmp_path):
     world = World(tmp_path, workers=40)  # more than are asked at once
     world.make_slice()
