@@ -11,7 +11,7 @@ import re
 # A spreadsheet takes a cell that begins with one of these for a formula.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%", "＝", "＋", "－", "＠")
 _NUMBER = re.compile(r"[-−+<]?\s?[\d.,]+(?: %| ± [\d.]+| to [-−+]?[\d.]+|–\d+)?")
-_SIGNED = re.compile(r"[-−+]\d+(?:\.\d+)?")
+_SIGNED = re.compile(r"[-−+](?:0|[1-9][0-9]*)(?:\.[0-9]+)?")
 _MARKDOWN = re.compile(r"([\\`*_\[\]|#~$!>])")
 
 

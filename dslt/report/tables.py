@@ -143,7 +143,7 @@ def tests_table(tests: Sequence[PairedTest]) -> Table:
     """A row a paired test."""
     rows = []
     for t in tests:
-        interval = t.interval and f"{percent(t.interval[0], '+')} to {percent(t.interval[1], '+')}"
+        interval = t.interval and " to ".join(map(percent, t.interval))
         unit = "seeds" if t.test == "paired t" else "examples of one seed"
         rows.append((
             t.dataset, t.model, share_text(t.fraction), t.line, t.reference,

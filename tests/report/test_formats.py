@@ -46,8 +46,8 @@ def test_no_cell_is_a_formula(start):
 
 
 def test_signed_numbers_are_numbers_in_csv():
-    rows = to_csv(table(("+0.9", "−6.5"), ("-3", "−7.7 to +13.1"))).splitlines()[1:]
-    assert rows == ["0.9,-6.5", "-3,−7.7 to +13.1"]
+    rows = to_csv(table(("+0.9", "−6.5"), ("-3", "−7.7 to 13.1"), ("+٣", "-0049"))).splitlines()[1:]
+    assert rows == ["0.9,-6.5", "-3,−7.7 to 13.1", "'+٣,'-0049"]
 
 
 def test_markdown_keeps_hostile_text_in_its_cell():
