@@ -206,6 +206,8 @@ class _NoReferences(config_parser.ParserDelegate):
 def _check_statements(text: str, classes: Sequence[type], is_included: bool = False) -> None:
     """Raises InputError for what is more than binding values: gin would import and call anything.
 
+    And for a field that its class does not have, since gin does not say which there are.
+
     Python's tokenizer raises other errors for what is no gin file.
     """
     imports = _header(classes).splitlines()
@@ -223,6 +225,20 @@ def _check_statements(text: str, classes: Sequence[type], is_included: bool = Fa
                     "line, in a file that is not itself included"
                 )
             _check_statements(_read(path), classes, is_included=True)
+        elif isinstance(statement, config_parser.BindingStatement):
+            _check_field(statement.selector, statement.arg_name, classes)
+
+
+def _check_field(class_name: str, name: str, classes: Sequence[type]) -> None:
+    known = dict(zip(_names(classes), classes, strict=True)).get(class_name)
+    names = [field.name for field in dataclasses.fields(known)] if known else [name]
+    if name in names:
+        return
+    near = difflib.get_close_matches(name, names)
+    raise InputError(
+        f"{class_name} has no field {name!r}; "
+        + (f"did you mean {' or '.join(near)}?" if near else f"expected one of: {', '.join(names)}")
+    )
 
 
 def _read_with_includes(name: str) -> str:

@@ -424,7 +424,8 @@ def test_answers_that_are_the_same_tokens_are_one():
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("train.TrainConfig.rationale_wait = 1.0", "parameter named 'rationale_wait'"),
+        ("train.TrainConfig.rationale_wait = 1.0", "did you mean rationale_weight?"),
+        ("sharding.MeshConfig.pipeline = 2", "expected one of: data, fsdp, tensor"),
         ("train.TrainConfg.seed = 1", "Expected one of: train.TrainConfig"),
         ("TrainConfig.seed = 1", "Expected one of: train.TrainConfig"),
         ("rationale_weight = 0.5", "rationale_weight binds nothing here; write the full name"),
