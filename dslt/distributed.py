@@ -101,7 +101,8 @@ def is_main() -> bool:
 
 def hides_bars() -> bool:
     """Whether this process draws no progress bar: another does, or nobody looks or wants to."""
-    return not (is_main() and sys.stderr.isatty()) or os.environ.get("TQDM_DISABLE", "0") != "0"
+    is_unwanted = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+    return is_unwanted or not (is_main() and sys.stderr.isatty())
 
 
 def is_alone() -> bool:

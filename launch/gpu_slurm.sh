@@ -34,10 +34,10 @@ if [[ "${1:-}" == dslt ]]; then shift; fi
 cd "$SLURM_SUBMIT_DIR" # Slurm runs a copy of this script from elsewhere
 [[ -f launch/setup_venv.sh ]] || die "$PWD is no checkout of dslt; submit from the checkout's root"
 EXTRAS="${EXTRAS-gpu}"
-exec {lock}>.venv.lock
-flock "$lock" # jobs that begin at once install once
+# Jobs that begin at once install once, where the file system has locks.
+if { exec {lock}>>.venv.lock; } 2>/dev/null; then flock "$lock" || echo "gpu_slurm.sh: goes on" >&2; fi
 source launch/setup_venv.sh
-exec {lock}>&-
+if [[ -n "${lock:-}" ]]; then exec {lock}>&-; fi
 
 tasks=(--nodes=1 --ntasks=1)
 if [[ "$1" == train || "$1" == evaluate ]]; then

@@ -334,10 +334,19 @@ check_command() {
   [[ -z "$output" || -n "$bucket$filestore" ]] ||
     die "the command writes to $output; give the --bucket or the --filestore that $shared shall be"
   [[ -z "$fetch" || -n "$output" ]] || die "--fetch: the command has no --run_dir or --output_dir"
+  if [[ "$type" =~ -([0-9]+)$ ]] && ((BASH_REMATCH[1] > 8)); then check_one_worker "$type"; fi
   if ((recreate == 0)); then return; fi
   [[ -n "$type" ]] || die "--recreate needs to know what to make: give --slice or --type, and --spot" \
     "or --queued as in create"
   choose_version
+}
+
+# A sweep trains in one process; on worker 0's CPU, where other commands go, it would take for ever.
+check_one_worker() {
+  if [[ "${command[0]}" != sweep ||
+    " ${command[*]} " == *" --list "* || " ${command[*]} " == *" --estimate "* ]]; then return; fi
+  die "$1 has several workers, and a sweep trains in one process; expected a slice of one worker, such" \
+    "as v5litepod-8. On several, give train and evaluate of each run"
 }
 
 # A bucket without folders renames a directory object by object, and a checkpoint is a directory that
@@ -496,21 +505,11 @@ judge() {
     say "$(<"$scratch/verdict"), before any other of the $num_runners failed; its last lines:"
     on_worker "$first" "" tail 20 >&2 || true
   fi
+  if ((first_status == lost)); then first_status=1; fi # dslt has a 75 of its own
   return "$first_status"
 }
 
-# A sweep trains in one process; on worker 0's CPU, where other commands go, it would take for ever.
-check_one_worker() {
-  if [[ "${command[0]}" != sweep || ! "$num_workers" =~ ^[0-9]+$ || "$num_workers" == 1 ||
-    " ${command[*]} " == *" --list "* || " ${command[*]} " == *" --estimate "* ]]; then
-    return
-  fi
-  die "the slice $name has $num_workers workers, and a sweep trains in one process; expected a slice of" \
-    "one worker, such as v5litepod-8; this one stays until bash launch/tpu.sh delete. On several, give" \
-    "train and evaluate of each run"
-}
-
-attempt() { check_one_worker && install_on_workers && start_on_workers && follow 0 && judge; }
+attempt() { install_on_workers && start_on_workers && follow 0 && judge; }
 
 run() {
   check_command
@@ -524,6 +523,7 @@ run() {
   if ! is_gone && [[ -n "$type" && -n "$vm_type" && "$type" != "$vm_type" ]]; then
     die "the slice $name is a $vm_type, but ${slice:---type} says $type; expected the same"
   fi
+  if [[ "$num_workers" != [01] && "$num_workers" != all ]]; then check_one_worker "the slice $name"; fi
   local status
   while true; do
     status="$lost"

@@ -402,8 +402,9 @@ def test_a_bar_is_drawn_by_process_0_where_somebody_looks_and_wants_to(monkeypat
     assert not distributed.hides_bars()
     monkeypatch.setenv("TQDM_DISABLE", "1")
     assert distributed.hides_bars()
-    monkeypatch.setenv("TQDM_DISABLE", "0")
-    assert not distributed.hides_bars()
+    for value in ("0", ""):
+        monkeypatch.setenv("TQDM_DISABLE", value)
+        assert not distributed.hides_bars()
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     assert distributed.hides_bars()
     monkeypatch.setattr(distributed, "is_main", lambda: True)

@@ -268,6 +268,15 @@ def test_a_list_has_a_command_for_what_is_missing(swept, capsys):
     assert len(lines) == 2
     assert all(line.startswith("dslt sweep ") and " --only facts-" in line for line in lines)
     assert only not in "".join(lines)
+    assert main([*args, "--list", "--gin", "sweep.SweepConfig.seeds = (\n0,)"]) == 2
+    assert "on one line" in capsys.readouterr().err
+
+
+def test_a_list_of_nothing_is_empty(swept, capsys):
+    args, _, _ = swept
+    done = "sweep.SweepConfig.methods = ('runs/rationale_label.gin',)"
+    assert main([*args, "--list", "--gin", done]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_an_estimate_is_the_flops_of_what_is_missing(tmp_path, capsys):

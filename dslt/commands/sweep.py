@@ -58,7 +58,7 @@ def sweep(args) -> int:
     missing = [name for name in by_name if not is_done(RunDir(directory / name))]
     if args.list:
         for name in missing:
-            print(shlex.join(["dslt", *arguments(args, name)]))
+            print(one_line(["dslt", *arguments(args, name)]))
         return 0
     print(f"{len(by_name)} runs, {len(by_name) - len(missing)} of them done", flush=True)
     if args.estimate:
@@ -71,6 +71,18 @@ def arguments(args, name: str) -> list[str]:
     """The arguments of `dslt` that do one run of this sweep."""
     bindings = [part for binding in args.gin for part in ("--gin", binding)]
     return ["sweep", *args.gin_files, "--output_dir", args.output_dir, *bindings, "--only", name]
+
+
+def one_line(words: list[str]) -> str:
+    """A command for a shell, or for xargs.
+
+    Raises:
+      InputError: it would be several lines.
+    """
+    for word in words:
+        if "\n" in word:
+            raise InputError(f"--list prints a line a run; expected {word!r} on one line")
+    return shlex.join(words)
 
 
 def run_one(experiment, directory: Path) -> int:

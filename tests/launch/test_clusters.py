@@ -27,8 +27,10 @@ def write_script(path, text):
 def submit(tmp_path, *words, srun="exit 0", state="RUNNING"):
     """Runs the script as Slurm does; returns its status, and the calls of Slurm's commands."""
     checkout = tmp_path / "checkout"
-    (checkout / "launch").mkdir(parents=True)
-    (checkout / "launch" / "setup_venv.sh").write_text('echo "setup $EXTRAS" >>"$CALLS"\n')
+    (checkout / "launch").mkdir(parents=True, exist_ok=True)
+    (checkout / "launch" / "setup_venv.sh").write_text(
+        'echo "setup $EXTRAS$(flock -n .venv.lock true || echo " alone")" >>"$CALLS"\n'
+    )
     calls = tmp_path / "calls"
     for name, text in {"srun": srun, "squeue": f"echo {state}", "scontrol": "exit 0"}.items():
         write_script(tmp_path / "bin" / name, f'echo "{name} $*" >>"$CALLS"\n{text}\n')
@@ -48,10 +50,20 @@ def submit(tmp_path, *words, srun="exit 0", state="RUNNING"):
 def test_slurm_trains_on_every_gpu_and_exports_in_one_process(tmp_path):
     status, calls = submit(tmp_path / "a", "train", "a.gin", "--run_dir", "r")
     assert status == 0
-    assert calls == ["setup gpu", "srun dslt train a.gin --run_dir r --distributed"]
+    assert calls == ["setup gpu alone", "srun dslt train a.gin --run_dir r --distributed"]
     status, calls = submit(tmp_path / "b", "export", "--student", "r", srun="exit 2")
     assert status == 2
-    assert calls == ["setup gpu", "srun --nodes=1 --ntasks=1 dslt export --student r"]
+    assert calls == ["setup gpu alone", "srun --nodes=1 --ntasks=1 dslt export --student r"]
+
+
+@pytest.mark.parametrize("trouble", ["no locks", "not its own"])
+def test_slurm_goes_on_where_the_environment_cannot_be_locked(tmp_path, trouble):
+    if trouble == "no locks":  # such as Lustre without its option
+        write_script(tmp_path / "bin" / "flock", "exit 69\n")
+    else:
+        (tmp_path / "checkout" / ".venv.lock").mkdir(parents=True)
+    status, calls = submit(tmp_path, "export")
+    assert status == 0 and calls[-1] == "srun --nodes=1 --ntasks=1 dslt export"
 
 
 def test_slurm_takes_a_line_of_a_sweeps_list(tmp_path):

@@ -43,3 +43,10 @@ def test_an_install_that_failed_is_done_again(checkout, script):
     assert done.returncode == 0 and done.stdout.startswith("installing dslt"), done.stderr
     again = run(3)
     assert (again.returncode, again.stdout) == (0, "goes on\n")
+
+
+def test_it_is_no_script_of_its_own(checkout):
+    script = ["bash", "launch/setup_venv.sh"]
+    found = subprocess.run(script, cwd=checkout, capture_output=True, text=True)
+    assert found.returncode == 2 and "expected: source launch/setup_venv.sh" in found.stderr
+    assert not list((checkout / ".venv").glob("installed*"))

@@ -554,13 +554,23 @@ def test_a_sweep_runs_on_the_chips_of_one_worker_and_of_no_more(slice_of_two):
     world.program("import os; print(arguments[0], os.environ.get('JAX_PLATFORMS'))")
     command = ["sweep", "s.gin", "--output_dir", str(world.shared / "sweep")]
     refused = world.tpu("run", "--", *command, "--only", "a-run")
-    assert refused.status == 2 and "has 2 workers, and a sweep trains in one process" in refused.err
+    assert refused.status == 2
+    assert "the slice paper has several workers, and a sweep trains in one" in refused.err
     assert not world.calls("scp")
     assert world.tpu("run", "--", *command, "--list").out == "sweep cpu\n"
     (world.path / "num_workers").write_text("1")
     world.make_slice()
     found = world.tpu("run", "--", "dslt", *command, "--only", "a-run", JAX_PLATFORMS="tpu")
     assert found.out == "sweep tpu\n", found.err
+
+
+def test_a_run_of_a_sweep_that_another_works_on_costs_no_slice(slice_of_two):
+    """dslt ends with 75, which is no preemption."""
+    world = slice_of_two
+    world.program("sys.exit(75)")
+    result = world.run("--recreate", "1")
+    assert result.status == 1 and "ended with status 75" in result.err
+    assert not world.calls("tpu-vm (create|delete)")
 
 
 def test_logs_of_many_workers_are_told_apart(tmp_path):
@@ -603,6 +613,7 @@ def test_logs_of_many_workers_are_told_apart(tmp_path):
         ("run --fetch x -- bench", "--fetch: the command has no --run_dir"),
         ("run --recreate 1 -- bench", "--recreate needs to know what to make"),
         ("run --repo url -- bench", "--repo needs --commit"),
+        ("run --type v5e-16 --recreate 1 -- sweep s", "v5e-16 has several workers, and a sweep"),
         ("run --commit 1234567 -- bench", "commit 1234567 is not in the history of"),
         ("run -- bench", "the slice paper in us-west4-a is not there; expected READY. Make it"),
         ("stop", "expected READY. Make it: bash launch/tpu.sh create"),
