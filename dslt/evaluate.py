@@ -33,6 +33,7 @@ from dslt.workdir import RunDir, best_row, read_json_rows, write_json, write_jso
 ANSWERS = ("open", "trie", "likelihood")
 GREEDY = DecodeConfig()
 DELETION_SECS = 1.0  # that training may take to delete an old checkpoint
+START_POLL_SECS = 1.0  # between looks for a run that has not begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,15 +134,13 @@ class Decoder:
         Returns:
           The tokens before EOS, in the order of `inputs`.
         """
-        names = [field.name for field in dataclasses.fields(DecodeConfig)]
-        decoding = DecodeConfig(**{name: getattr(config, name) for name in names})
 
         def decode_share(numbers: range) -> list[list[int]]:
             with _progress(len(numbers), description) as bar:
                 return self._continuous(
                     self._prepared,
                     [inputs[i] for i in numbers],
-                    config=decoding,
+                    config=config.decoding(),
                     max_length=max_length,
                     answers=answer_sets and [answer_sets[i].tokens for i in numbers],
                     start_id=start_id,
@@ -316,8 +315,8 @@ def evaluate_run(
       rationale_start_id: the decoder's first input where a rationale is asked for.
       follow: wait for further checkpoints until training has finished or was stopped, or has given
         no sign of life for `config.give_up_secs`.
-      steps: judge these checkpoints instead, again if need be. A damaged one is an error among
-        these, and is named and skipped otherwise.
+      steps: judge these checkpoints instead, again if need be. A damaged or missing one is an error
+        among these, and is named and skipped otherwise.
 
     Returns:
       The rows of evaluations.jsonl, those of earlier calls included.
@@ -325,7 +324,7 @@ def evaluate_run(
     decoder, skipped = None, []
     is_asked_for = steps is not None
     if steps is None:
-        steps = _unjudged_steps(run, config if follow else None)
+        steps = _unjudged_steps(run, config, follow)
     for step in _share_steps(steps):
         started_secs = time.perf_counter()
         problem = ""
@@ -336,7 +335,7 @@ def evaluate_run(
                 decoder.load_step(run.checkpoints, step)
         except (OSError, KeyError, ValueError) as error:
             time.sleep(DELETION_SECS)  # one that training is deleting looks damaged
-            if step not in finished_steps(run.checkpoints):
+            if not is_asked_for and step not in finished_steps(run.checkpoints):
                 problem = "is no longer there, newer checkpoints replaced it"
             elif isinstance(error, DamagedCheckpoint) and not is_asked_for:
                 problem = str(error)
@@ -362,12 +361,12 @@ def evaluate_run(
     return rows
 
 
-def wait_for_start(run: RunDir, poll_secs: float = 1.0) -> None:
+def wait_for_start(run: RunDir) -> None:
     """Returns once training has written the run's config and vocabulary."""
     if not run.info.exists():
         print(f"waiting for `dslt train` to start {run.path}", flush=True)
     while not run.info.exists():
-        time.sleep(poll_secs)
+        time.sleep(START_POLL_SECS)
 
 
 def describe(values: dict) -> str:
@@ -380,8 +379,8 @@ def describe(values: dict) -> str:
     return (f"step {values['step']}: " if "step" in values else "") + ", ".join(shown)
 
 
-def _unjudged_steps(run: RunDir, follow: EvalConfig | None) -> Iterator[int]:
-    """Steps of checkpoints without an evaluation, ascending; waits for more as `follow` says."""
+def _unjudged_steps(run: RunDir, config: EvalConfig, follow: bool) -> Iterator[int]:
+    """Steps of checkpoints without an evaluation, ascending; waits for more if it is to follow."""
     seen = {row["step"] for row in read_json_rows(run.evaluations)}
     silence = Silence(run)
     while True:
@@ -391,10 +390,10 @@ def _unjudged_steps(run: RunDir, follow: EvalConfig | None) -> Iterator[int]:
         if found:
             seen.add(found[0])
             yield found[0]
-        elif follow is None or is_over or silence.is_final(follow):
+        elif not follow or is_over or silence.is_final(config):
             return
         else:
-            time.sleep(follow.poll_secs)
+            time.sleep(config.poll_secs)
 
 
 class Silence:
@@ -456,8 +455,18 @@ def _write_evaluation(
     write_rows(run.evaluation(step) / "predictions.jsonl", predictions)
     write_json(run.evaluation(step) / "metrics.json", values)
     rows = [row for row in read_json_rows(run.evaluations) if row["step"] != step] + [values]
-    if best_row(rows) is values:
+    best = best_row(rows)
+    if best is values:
         _keep_as_best(run, decoder, step)
+    elif best and finished_steps(run.best) == [step]:  # judged again, and worse
+        if best["step"] in finished_steps(run.checkpoints):
+            decoder.load_step(run.checkpoints, best["step"])
+            _keep_as_best(run, decoder, best["step"])
+        else:
+            print(
+                f"warning: step {best['step']} is the best on validation now, but its checkpoint "
+                f"is gone; {run.best} still holds step {step}"
+            )
     write_json_rows(run.evaluations, sorted(rows, key=lambda row: row["step"]))
 
 

@@ -20,7 +20,7 @@ import jax
 from dslt.core import flops, hlo, sharding, t5
 from dslt.core.batch import Batch, empty_batch
 from dslt.core.continuous import kept_length
-from dslt.core.decode import greedy_decode
+from dslt.core.decode import decode_batch
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
@@ -227,7 +227,7 @@ def plan_decoding(
         (rows, source_length), "int32", sharding=sharding.batch_sharding(mesh)
     )
     decode = jax.jit(
-        partial(greedy_decode, graphdef=graphdef),
+        partial(decode_batch, graphdef=graphdef, config=run.evaluate.decoding()),
         static_argnames=("max_length",),
         compiler_options=compiler_options(mesh.devices.flat[0]),
     )
@@ -235,7 +235,7 @@ def plan_decoding(
         lowered = decode.lower(params, tokens, max_length=max_length)
     kinds = {
         "parameters": _bytes_a_chip(params),
-        "KV cache": cache_bytes(run.model, rows, max_length) // multiple,
+        "KV cache": cache_bytes(run.model, rows * run.evaluate.beams, max_length) // multiple,
         "cross keys and values": cache_bytes(run.model, rows, source_length) // multiple,
     }
     _, memory = _compile(lowered, kinds, topology, mesh, quick, hbm_bytes)

@@ -95,13 +95,17 @@ class Example:
                 f"field 'dataset' is {self.dataset!r}; expected letters, digits and underscores, "
                 "because SeqIO tasks are named after it"
             )
+        for name in ("label", "teacher_label", "rationale"):
+            text = getattr(self, name)
+            if text is not None and not text.strip():
+                raise ValueError(f"field '{name}' is blank; expected text, or null for none")
         _require_weight(self, "rationale_weight")
         if self.more_rationales and self.rationale is None:
             raise ValueError("field 'more_rationales' is set without 'rationale', the first one")
 
     def rationales(self) -> tuple[Rationale, ...]:
-        """All explanations, `rationale` first; () where there is none that says something."""
-        if self.rationale is None or not self.rationale.strip():
+        """All explanations, `rationale` first; () where there is none."""
+        if self.rationale is None:
             return ()
         first = Rationale(
             self.rationale, self.rationale_weight, self.teacher, self.prompt, self.is_hinted

@@ -1,6 +1,7 @@
 """What a run logs: means and rates of the steps since the row before, and loss spikes.
 
-Imports core and nonfinite. The device's results are fetched where a row is written alone:
+Imports core and nonfinite. The device's results are fetched where a row is written or a
+checkpoint saved:
 
     interval = LogInterval(model_config, num_devices)
     interval.add(step, counts, batch, metrics)

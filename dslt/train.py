@@ -1,8 +1,10 @@
 """The training loop: init → restore → loop (step, log, save).
 
-Imports core, checkpoint, workdir and records. It is handed batches and never sees SeqIO:
+Imports core, checkpoint and workdir. It is handed batches and never sees SeqIO:
 
-    state = train(config, model, optimizer, mesh, stream=stream, run=RunDir(path))
+    state = train(
+        configs.train, configs.model, configs.optimizer, configs.mesh, stream=stream, run=run
+    )
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ from dslt.workdir import MetricsWriter, RunDir
 
 SHOWN_EXAMPLES = 10
 
-MAX_SKIPPED_IN_A_ROW = 50  # that no batch is to blame for
+MAX_SKIPPED_IN_A_ROW = 50  # steps that are not finite; after so many no single batch is to blame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,12 @@ class TrainConfig:
             raise InputError(
                 f"TrainConfig.consistency_weight is {self.consistency_weight} and rationale_weight "
                 "is 0; expected rationales to be consistent with"
+            )
+        if self.consistency_weight and self.accumulation_steps > 1:
+            raise InputError(
+                f"TrainConfig.consistency_weight is {self.consistency_weight} and "
+                f"accumulation_steps {self.accumulation_steps}; expected 1: an example's label and "
+                "rationale may lie in two microbatches"
             )
         if self.init_from and self.branch_from:
             raise InputError(
@@ -210,6 +218,7 @@ def train(
                     if found and config.on_nonfinite == "stop":
                         leave_halted(state, manager, layout, run, stream, found[0])
                     if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                        save_once(manager, state, layout)
                         set_state(run, "stopped")
                         raise InputError(too_many_skipped(run, found[-1], in_a_row))
                 if is_logging:
@@ -251,10 +260,7 @@ def leave_halted(state, manager, layout, run, stream, first: NonfiniteStep) -> N
     """Saves the state before the step that halted it, and raises InputError."""
     state = resumable(state)
     last = int(state.step)
-    manager.wait()
-    if last not in manager.steps():
-        manager.save(state, layout)
-        manager.wait()
+    save_once(manager, state, layout)
     set_state(run, "stopped")
     examples = stream.examples(first.step - 1)
     shown = ", ".join(examples[:SHOWN_EXAMPLES]) + (", …" if len(examples) > SHOWN_EXAMPLES else "")
@@ -267,10 +273,19 @@ def leave_halted(state, manager, layout, run, stream, first: NonfiniteStep) -> N
     )
 
 
+def save_once(manager: CheckpointManager, state: TrainState, layout: Layout) -> None:
+    """Saves a state that is not saved yet, and returns once it is."""
+    manager.wait()
+    if int(state.step) not in manager.steps():
+        manager.save(state, layout)
+        manager.wait()
+
+
 def too_many_skipped(run: RunDir, last: NonfiniteStep, in_a_row: int) -> str:
     """Why a run ends although it may skip."""
     return (
-        f"{last}; {in_a_row} steps in a row were not finite, so no single batch is to blame. "
+        f"{last}; {in_a_row} steps in a row were not finite, so no single batch is to blame. What "
+        f"the run has learnt before them is saved in {run.checkpoints}. "
         f"Batches of the first lie in {run.nonfinite(last.step).parent}. Look at them with "
         "`dslt replay`, or try a lower learning rate"
     )

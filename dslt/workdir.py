@@ -1,6 +1,6 @@
 """A run's directory: it alone reproduces the run.
 
-May import the standard library, numpy and tensorboardX (no TensorFlow, no JAX).
+May import the standard library and tensorboardX (no TensorFlow, no JAX).
 
     RUN/config.gin          the operative config, every default included
     RUN/run.json            versions, commit, data digests, devices, state of the run

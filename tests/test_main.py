@@ -24,7 +24,7 @@ from dslt.main import main
 from dslt.mirror import RunBucket
 from dslt.records import read_examples, read_predictions
 from dslt.signals import INTERRUPTED
-from dslt.workdir import RunDir, read_json, read_json_rows
+from dslt.workdir import RunDir, read_json, read_json_rows, write_json_rows
 
 SMALL = (
     "t5.T5Config.d_model = 16",
@@ -145,6 +145,42 @@ def test_one_checkpoint_is_judged_again_with_other_settings(run, capsys):
     assert after[0] | {"secs": 0} == before[0] | {"secs": 0} and after[1] == before[1]
     predictions = list(read_predictions(run.evaluation(3) / "predictions.jsonl"))
     assert all(p.rationale is None for p in predictions)
+
+
+def test_a_best_checkpoint_judged_again_and_worse_gives_way(run, tmp_path, capsys):
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(run.path, copy.path)
+    [best] = finished_steps(copy.best)
+    [other] = {3, 6} - {best}
+    rows = read_json_rows(copy.evaluations)
+    write_json_rows(
+        copy.evaluations,
+        [row | {"validation/accuracy": 1.0} if row["step"] == other else row for row in rows],
+    )
+    again = ["evaluate", "--run_dir", str(copy.path), "--step", str(best)]
+    assert main(again) == 0
+    assert finished_steps(copy.best) == [other]
+    assert f"best on validation: step {other}:" in capsys.readouterr().out
+    shutil.rmtree(copy.checkpoints / str(other))
+    shutil.rmtree(copy.best)
+    shutil.copytree(run.best, copy.best)
+    assert main(again) == 0
+    assert f"but its checkpoint is gone; {copy.best} still holds" in capsys.readouterr().out
+
+
+def test_a_step_that_is_not_there_is_not_judged(run, capsys):
+    assert main(["evaluate", "--run_dir", str(run.path), "--step", "5"]) == 2
+    assert str(run.checkpoints) in capsys.readouterr().err
+
+
+def test_judging_on_other_records_than_were_trained_on_is_said(run, records, capsys):
+    info = read_json(run.info)
+    try:
+        run.update_info(records={str(records): "another digest"})
+        assert main(["evaluate", "--run_dir", str(run.path)]) == 0
+    finally:
+        run.update_info(**info)
+    assert f"warning: {records} has changed since the run began" in capsys.readouterr().out
 
 
 def test_training_a_finished_run_again_changes_nothing(run, records, capsys):
@@ -435,6 +471,10 @@ def test_answers_that_are_the_same_tokens_are_one():
         ("evaluate.EvalConfig.rows = 0", "rows is 0; expected >= 1"),
         ("train.TrainConfig.rationale_weight = 'one'", "is 'one'; expected float"),
         ("train.TrainConfig.rationale_weight = -1.0", "expected 0 or more"),
+        (
+            "train.TrainConfig.consistency_weight = 1.0\ntrain.TrainConfig.accumulation_steps = 2",
+            "accumulation_steps 2; expected 1",
+        ),
         ("train.TrainConfig.seed = ", "line"),
         ("t5.T5Config.dtype = 'float16'", "expected 'float32' or 'bfloat16'"),
         ("t5.T5Config.vocab_size = 8", "expected at least as many"),
@@ -459,6 +499,11 @@ def test_a_mistyped_config_is_one_message_and_no_run(override, says, records, tm
         (["extract", "--dataset", "mine", "--output_dir", "x"], "expected --data_dir"),
         (["evaluate", "--run_dir", "none"], "expected a directory of `dslt train`"),
         (["evaluate", "--predictions", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["evaluate", "--predictions", "x", "--follow"], "expected no --follow, --step or --gin"),
+        (
+            ["extract", "--dataset", "facts", "--output_dir", "x", "--model", "m", "--dry_run"],
+            "--model, --dry_run given, but no teacher; expected --teacher endpoint",
+        ),
         (["predict", "--student", "none", "x.txt"], "none: is no directory"),
         (["export", "--student", "none", "--output_dir", "x"], "none: is no directory"),
         (["import", "--hugging_face", "none", "--output_dir", "x"], "none"),

@@ -91,6 +91,10 @@ def test_decoding_counts_its_cache():
     assert found.memory.fits()
     longer = dataclasses.replace(RUN.evaluate, with_rationales=True, max_rationale_length=16)
     assert plan.plan_decoding(dataclasses.replace(RUN, evaluate=longer), CPU).max_length == 16
+    beam = dataclasses.replace(RUN.evaluate, strategy="beam", num_beams=3)
+    beams = plan.plan_decoding(dataclasses.replace(RUN, evaluate=beam), CPU).memory
+    assert beams.kinds["KV cache"] == 3 * found.memory.kinds["KV cache"]
+    assert beams.peak > found.memory.peak
 
 
 def test_what_does_not_fit_is_said_and_mended_by_changes_that_were_compiled(planned):

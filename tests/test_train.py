@@ -386,6 +386,7 @@ def test_a_run_does_not_skip_for_ever(records, tmp_path, monkeypatch, capsys):
     assert main(train_args(records, run.path, SKIP)) == 2
     assert "4 steps in a row were not finite" in capsys.readouterr().err
     assert sorted(path.name for path in (run.path / "nonfinite").iterdir()) == ["2", "3", "4", "5"]
+    assert finished_steps(run.checkpoints) == [5]
 
 
 def test_the_same_run_twice_has_the_same_bits(undisturbed, records, tmp_path):

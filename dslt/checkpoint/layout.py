@@ -22,7 +22,7 @@ class Layout:
     """What the arrays of a checkpoint mean.
 
     Attributes:
-      model: rebuilds the graph definition; dtype and remat in it are choices, the rest are shapes.
+      model: rebuilds the graph definition; _RUNTIME_FIELDS of it are choices, the rest must agree.
       format_version: of this directory layout.
       family: of architectures; the model's fields tell T5 v1.0, v1.1, mT5, ByT5 and umT5 apart.
       is_scanned: whether the layers of a stack are one array, the layer its first axis.

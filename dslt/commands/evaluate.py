@@ -46,12 +46,17 @@ def evaluate_here(args) -> int | None:
     from dslt import evaluate as judge
 
     if args.predictions:
-        print(judge.describe(judge.rescore(Path(args.predictions))))
+        if args.follow or args.step or args.gin:
+            raise InputError(
+                "--predictions is scored as it is; expected no --follow, --step or --gin"
+            )
+        values = judge.rescore(Path(args.predictions))
+        print(judge.describe(values) or "no row has a gold label")
         return None
     from dslt import config, distributed
-    from dslt.data.pipeline import read_eval_inputs
+    from dslt.data.pipeline import read_eval_inputs, records_digests
     from dslt.data.vocabulary import load_vocabulary
-    from dslt.workdir import RunDir
+    from dslt.workdir import RunDir, read_json
 
     run = RunDir(Path(args.run_dir))
     with distributed.main_first():
@@ -68,6 +73,10 @@ def evaluate_here(args) -> int | None:
         if split not in found:
             print(f"warning: no example is in split {split!r}")
     examples = [example for split in found.values() for example in split]
+    trained_on = read_json(run.info).get("records", {}) if run.info.exists() else {}
+    for path, digest in records_digests(configs.data).items():
+        if trained_on.get(path, digest) != digest:
+            print(f"warning: {path} has changed since the run began; its splits may be others")
     truncated = sum(example.is_truncated for example in examples)
     if truncated:
         print(f"warning: {truncated} of {len(examples)} inputs are cut to max_input_length")

@@ -158,10 +158,25 @@ def add_filter_flags(command) -> None:
     )
 
 
+# What says nothing without a teacher.
+TEACHER_FLAGS = (
+    "model", "base_url", "prompt", "dry_run", "offline", "limit", "ask_split", "shard",
+    "merge_from", "write_batch", "read_batch", "retry_with_hint", "min_words", "max_words",
+    "max_question_overlap",
+)  # fmt: skip
+
+
 def extract(args) -> int | None:
     """Asks what is not answered yet, writes the records, and prints what became of everything."""
+    is_unexplained = args.teacher == "none" and not args.teachers
+    idle = [f"--{flag}" for flag in TEACHER_FLAGS if is_unexplained and getattr(args, flag)]
+    if idle:
+        raise InputError(
+            f"{', '.join(idle)} given, but no teacher; expected --teacher endpoint, scripted or "
+            "released with it"
+        )
     examples = read_problems(args)
-    if args.teacher == "none" and not args.teachers:
+    if is_unexplained:
         print(write_unexplained(examples, args.output_dir))
         return 0
     from dslt.teacher import estimate, shards

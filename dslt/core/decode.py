@@ -4,7 +4,9 @@ A slot is a row of the decoder's batch. `run` decodes all slots until some of th
 slot takes the next source by `refill` while the others go on, since the cache is a ring that all
 rows write at the same column (see `t5.LayerCache`). Who has a fixed batch calls `decode_batch`:
 
-    tokens = decode_batch(params, input_tokens, graphdef=graphdef, config=DecodeConfig())
+    tokens = decode_batch(
+        params, input_tokens, graphdef=graphdef, config=DecodeConfig(), max_length=32
+    )
 """
 
 import dataclasses
@@ -67,6 +69,11 @@ class DecodeConfig:
             if not is_legal:
                 found = getattr(self, field)
                 raise InputError(f"{type(self).__name__}.{field} is {found!r}; expected {expected}")
+
+    def decoding(self) -> "DecodeConfig":
+        """These fields alone, without a subclass's own: compiled functions differ by no others."""
+        names = [field.name for field in dataclasses.fields(DecodeConfig)]
+        return DecodeConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def beams(self) -> int:

@@ -274,8 +274,12 @@ class DecoderLayer(nnx.Module):
         memory = self.self_attention.keys_values(normed)
         attended = self.self_attention.attend(normed, *memory, bias, self_mask, keys[0])
         x = x + dropout(attended, self.dropout_rate, keys[1])
+        normed = self.cross_attention_norm(x)
         memory = self.cross_attention.keys_values(encoded)
-        return self._after_self_attention(x, memory, cross_mask, keys[2:])
+        attended = self.cross_attention.attend(normed, *memory, None, cross_mask, keys[2])
+        x = x + dropout(attended, self.dropout_rate, keys[3])
+        fed = self.feed_forward(self.feed_forward_norm(x), keys[4])
+        return x + dropout(fed, self.dropout_rate, keys[5])
 
     def step(self, x, cache: LayerCache, column, bias, self_mask, cross_mask, distances):
         """One token of each beam: [B, M, D], and the cache with `column` written."""
@@ -294,13 +298,6 @@ class DecoderLayer(nnx.Module):
         x = x + self.cross_attention.attend_cached(normed, *memory, None, cross_mask)
         x = x + self.feed_forward(self.feed_forward_norm(x))
         return x, cache._replace(self_keys=keys, self_values=values)
-
-    def _after_self_attention(self, x, memory, cross_mask, keys):
-        normed = self.cross_attention_norm(x)
-        attended = self.cross_attention.attend(normed, *memory, None, cross_mask, keys[0])
-        x = x + dropout(attended, self.dropout_rate, keys[1])
-        fed = self.feed_forward(self.feed_forward_norm(x), keys[2])
-        return x + dropout(fed, self.dropout_rate, keys[3])
 
 
 class Stack(nnx.Module):

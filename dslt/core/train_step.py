@@ -97,7 +97,7 @@ def train_step(
       The state after the step (`step` one higher) and what to log.
 
     Raises:
-      InputError: the rows cannot be dealt out evenly.
+      InputError: the rows cannot be dealt out evenly, or the consistency term would not see all.
     """
     (loss, (sums, consistency)), grads = gradient_of(
         state.params,
@@ -169,8 +169,8 @@ def gradient_of(
             )
             consistency = jnp.zeros(())
             if consistency_weight:
-                # A label and a rationale of two tokens each: no more pairs than that find room.
-                max_examples = microbatch.decoder_target_tokens.size // 4
+                # A target has two tokens at least: no more examples than that find room.
+                max_examples = microbatch.decoder_target_tokens.size // 2
                 consistency = consistency_loss(
                     hidden, microbatch, max_examples, consistency_temperature
                 )

@@ -49,6 +49,7 @@ from dslt.data.token_cache import (
     LABEL_TASK,
     RecordsIndex,
     TaskSettings,
+    file_digest,
     open_index,
 )
 from dslt.data.train_set import TrainSet, open_train_set, token_warnings
@@ -278,9 +279,9 @@ class TrainStream:
         pairs, segments = self._segments(step)
         return sorted(self._example_id(pair) for pair in pairs[segments.role == ROLE_LABEL])
 
-    def fill(self, windows: int = 1) -> Fill:
-        """How full the batches of the first windows are on average."""
-        steps = range(windows * self.order.window_batches)
+    def fill(self) -> Fill:
+        """How full the batches of the first window are on average."""
+        steps = range(self.order.window_batches)
         tokens = np.zeros(2)
         for step in steps:
             _, segments = self._segments(step)
@@ -452,6 +453,11 @@ def read_eval_inputs(
             f"({there}); give records that have one, or another split"
         )
     return {split: examples for split, examples in found.items() if examples}
+
+
+def records_digests(config: DataConfig) -> dict[str, str]:
+    """Path to sha256 hex of each records file, as `TrainStream.records_digests` has it."""
+    return {str(path): file_digest(path) for path in map(Path, _records_paths(config))}
 
 
 def count_splits(config: DataConfig) -> collections.Counter:

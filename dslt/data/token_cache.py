@@ -99,7 +99,7 @@ def target_texts(
         text = example.teacher_label
     else:
         text = example.label
-    if text is None or not text.strip():
+    if text is None:
         return ()
     if example.split == "train":
         text = join_target(example.rationale, text, settings.target_layout)
@@ -154,23 +154,22 @@ def scan_records(path: str | os.PathLike) -> RecordsIndex:
     ids = bytearray()
     offsets = [0]
     for example in read_examples(path):
-        kinds = ("examples", "gold", "teacher")
-        texts = (example.input, example.label, example.teacher_label)
-        split = counts.setdefault(example.dataset, {}).setdefault(
-            example.split, dict.fromkeys((*kinds, "rationale"), 0)
-        )
-        for kind, text in zip(kinds, texts, strict=True):
-            split[kind] += text is not None and bool(text.strip())
+        kinds = ("examples", "gold", "teacher", "rationale")
+        splits = counts.setdefault(example.dataset, {})
+        split = splits.setdefault(example.split, dict.fromkeys(kinds, 0))
+        split["examples"] += 1
+        split["gold"] += example.label is not None
+        split["teacher"] += example.teacher_label is not None
         split["rationale"] += len(example.rationales())
         ids += example.id.encode("utf-8")
         offsets.append(len(ids))
     table = TokenTable(np.frombuffer(bytes(ids), np.uint8), np.array(offsets, np.int64))
-    return RecordsIndex(Path(path), _file_digest(Path(path)), counts, table)
+    return RecordsIndex(Path(path), file_digest(Path(path)), counts, table)
 
 
 def open_index(cache_dir: str | os.PathLike, path: str | os.PathLike) -> RecordsIndex:
     """The index of a records file, scanned at the first time and then read from the cache."""
-    digest = _file_digest(Path(path))
+    digest = file_digest(Path(path))
 
     def build(directory: Path) -> None:
         index = scan_records(path)
@@ -503,7 +502,7 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -75,7 +75,8 @@ class TrainSet:
         )
 
     def shuffle_rationales(self, seed: int) -> "TrainSet":
-        """Every rationale's target goes to another of these examples; sources stay."""
+        """Every rationale's target goes to another rationale's source, which of an example with
+        several may be a sibling's."""
         if self.rationale is None:
             return self
         entries = np.unique(self.rationale_entry[self.rationale_entry >= 0])
