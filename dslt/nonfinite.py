@@ -86,12 +86,8 @@ def replay(directory: Path, config) -> Iterator[str]:
     _, graphdef, params = student.load(checkpoints / str(before[-1]), mesh)
     yield f"step {step} with the parameters after step {before[-1]}, {len(examples)} examples"
     batch = pad_rows(batch, sharding.row_multiple(mesh, config.accumulation_steps))
-    compute = partial(
-        gradient_of,
-        graphdef=graphdef,
-        mesh=mesh,
-        **config.gradient_settings(),
-    )
+    settings = config.gradient_settings()
+    compute = partial(gradient_of, graphdef=graphdef, settings=settings, mesh=mesh)
     placed = sharding.put_batch(batch, mesh)
     (loss, (sums, _)), grads = jax.device_get(jax.jit(compute)(params, placed, np.int32(step - 1)))
     yield f"loss {loss}, label and rationale nats {sums.nll.tolist()}"

@@ -28,6 +28,7 @@ from dslt.core.sharding import MeshConfig, put_batch
 from dslt.core.t5 import T5Config
 from dslt.core.train_step import (
     ON_NONFINITE,
+    GradientSettings,
     TrainState,
     resumable,
     train_step,
@@ -119,11 +120,10 @@ class TrainConfig:
             if getattr(self, field) < 1:
                 raise InputError(f"TrainConfig.{field} is {getattr(self, field)}; expected >= 1")
 
-    def gradient_settings(self) -> dict:
-        """The fields that are arguments of `train_step.gradient_of`."""
-        names = ("rationale_weight", "seed", "accumulation_steps")
-        names += ("consistency_weight", "consistency_temperature")
-        return {name: getattr(self, name) for name in names}
+    def gradient_settings(self) -> GradientSettings:
+        """Of these fields those that a gradient depends on."""
+        names = [field.name for field in dataclasses.fields(GradientSettings)]
+        return GradientSettings(**{name: getattr(self, name) for name in names})
 
 
 class BatchStream(Protocol):
@@ -188,7 +188,10 @@ def train(
         batches = (put_batch(b, mesh, rows, num_rows) for b in stream.batches(start, rows))
         first = next(batches)
         step_fn = step_fn.lower(state, first).compile()  # here a signal may end the process
-        writer = MetricsWriter(run, first_step=start + 1) if distributed.is_main() else None
+        writer = None
+        if distributed.is_main():
+            resumed = start if run.has_checkpoints() else 0  # a branch has no rows of its own yet
+            writer = MetricsWriter(run, first_step=resumed + 1)
         interval = LogInterval(model_config, mesh.size, writer.kept if writer else ())
         anyone = distributed.AnyProcess(mesh)
         in_a_row = 0
@@ -304,10 +307,10 @@ def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, sta
         train_step,
         graphdef=graphdef,
         optimizer=optimizer,
+        settings=config.gradient_settings(),
         clip_norm=optimizer_config.clip_norm,
         on_nonfinite=config.on_nonfinite,
         mesh=mesh,
-        **config.gradient_settings(),
     )
     return jax.jit(
         step,

@@ -17,7 +17,7 @@ import pytest
 
 from dslt import mirror
 from dslt.checkpoint.manager import CheckpointManager, finished_steps
-from dslt.commands.evaluate import make_answer_sets
+from dslt.commands.students import make_answer_sets
 from dslt.data.vocabulary import load_vocabulary
 from dslt.evaluate import EvalConfig
 from dslt.main import main

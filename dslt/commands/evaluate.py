@@ -1,6 +1,5 @@
 """`dslt evaluate`: a run's checkpoints, or predictions that are written already."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from dslt import mirror
 from dslt.commands.arguments import add_command, add_gin_flag
 from dslt.commands.processes import add_process_flags, start_processes
 from dslt.commands.remote import local_run
-from dslt.commands.students import answer_reader
+from dslt.commands.students import answer_reader, make_answer_sets
 from dslt.errors import InputError
 
 
@@ -43,20 +42,13 @@ def evaluate_here(args) -> int | None:
     Returns 1 where it followed a training that has given no sign of life for too long.
     """
     start_processes(args)
-    from dslt import evaluate as judge
-
     if args.predictions:
-        if args.follow or args.step or args.gin:
-            raise InputError(
-                "--predictions is scored as it is; expected no --follow, --step or --gin"
-            )
-        values = judge.rescore(Path(args.predictions))
-        print(judge.describe(values) or "no row has a gold label")
+        print(score_again(args))
         return None
     from dslt import config, distributed
-    from dslt.data.pipeline import read_eval_inputs, records_digests
+    from dslt import evaluate as judge
     from dslt.data.vocabulary import load_vocabulary
-    from dslt.workdir import RunDir, read_json
+    from dslt.workdir import RunDir
 
     run = RunDir(Path(args.run_dir))
     with distributed.main_first():
@@ -68,18 +60,7 @@ def evaluate_here(args) -> int | None:
     layout, max_target_length = configs.data.target_layout, configs.data.max_target_length
     eval_config, read_answer = answer_reader(configs.evaluate, layout, max_target_length)
     vocabulary = load_vocabulary(run.vocabulary)
-    found = read_eval_inputs(configs.data, eval_config.splits, vocabulary)
-    for split in eval_config.splits:
-        if split not in found:
-            print(f"warning: no example is in split {split!r}")
-    examples = [example for split in found.values() for example in split]
-    trained_on = read_json(run.info).get("records", {}) if run.info.exists() else {}
-    for path, digest in records_digests(configs.data).items():
-        if trained_on.get(path, digest) != digest:
-            print(f"warning: {path} has changed since the run began; its splits may be others")
-    truncated = sum(example.is_truncated for example in examples)
-    if truncated:
-        print(f"warning: {truncated} of {len(examples)} inputs are cut to max_input_length")
+    examples = open_examples(run, configs.data, eval_config.splits, vocabulary)
     distributed.check_same("the number of inputs", len(examples))
     answer_sets = None
     if eval_config.answers != "open":
@@ -108,40 +89,30 @@ def evaluate_here(args) -> int | None:
     return 1 if args.follow and distributed.share(run.state() == "running") else 0
 
 
-def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> list:
-    """What each input may be answered with: the config's labels, or the choices that it lists.
+def score_again(args) -> str:
+    """What --predictions are worth, in a line."""
+    from dslt import evaluate as judge
 
-    Of texts that are the same tokens to the student, the first stands for all.
+    if args.follow or args.step or args.gin:
+        raise InputError("--predictions is scored as it is; expected no --follow, --step or --gin")
+    return judge.describe(judge.rescore(Path(args.predictions))) or "no row has a gold label"
 
-    Args:
-      inputs: how an error calls each, and its text.
 
-    Raises:
-      InputError: an input has no answers to choose from, or an answer is too long.
-    """
-    from dslt.core.answers import AnswerSet
-    from dslt.core.batch import EOS_ID
-    from dslt.teacher.parse import choices_in
+def open_examples(run, data, splits, vocabulary) -> list:
+    """The inputs of the judged splits; says what may be wrong with them."""
+    from dslt.data.pipeline import read_eval_inputs, records_digests
+    from dslt.workdir import read_json
 
-    sets: dict[tuple[str, ...], AnswerSet] = {}
-    chosen = []
-    for name, text in inputs:
-        texts = tuple(dict.fromkeys(config.labels or choices_in(text)))
-        if not texts:
-            raise InputError(
-                f"{name}: answers is {config.answers!r}, but its text lists no `Answer Choices:`; "
-                "give the labels to choose from, or let answers be 'open'"
-            )
-        if texts not in sets:
-            text_of: dict[tuple[int, ...], str] = {}
-            for answer in texts:
-                ids = (*vocabulary.encode(answer), EOS_ID)
-                text_of.setdefault(ids, answer)
-                if len(ids) > config.max_label_length:
-                    raise InputError(
-                        f"{name}: the answer {answer!r} has {len(ids)} tokens; expected at most "
-                        f"max_label_length = {config.max_label_length}"
-                    )
-            sets[texts] = AnswerSet(tuple(text_of.values()), tuple(text_of))
-        chosen.append(sets[texts])
-    return chosen
+    found = read_eval_inputs(data, splits, vocabulary)
+    for split in splits:
+        if split not in found:
+            print(f"warning: no example is in split {split!r}")
+    trained_on = read_json(run.info).get("records", {}) if run.info.exists() else {}
+    for path, digest in records_digests(data).items():
+        if trained_on.get(path, digest) != digest:
+            print(f"warning: {path} has changed since the run began; its splits may be others")
+    examples = [example for split in found.values() for example in split]
+    truncated = sum(example.is_truncated for example in examples)
+    if truncated:
+        print(f"warning: {truncated} of {len(examples)} inputs are cut to max_input_length")
+    return examples

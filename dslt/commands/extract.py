@@ -179,11 +179,11 @@ def extract(args) -> int | None:
     if is_unexplained:
         print(write_unexplained(examples, args.output_dir))
         return 0
-    from dslt.teacher import estimate, shards
     from dslt.teacher import extract as extraction
-    from dslt.teacher.batch_files import read_batch, write_batch
+    from dslt.teacher import shards
+    from dslt.teacher.batch_files import write_batch
     from dslt.teacher.questions import is_in_shard, to_requests
-    from dslt.teacher.store import CompletionStore, has_store
+    from dslt.teacher.store import CompletionStore
 
     if args.shard:
         shard = shards.parse_shard(args.shard)
@@ -195,10 +195,7 @@ def extract(args) -> int | None:
     config, filters = ask_config(args), filter_config(args)
     if args.dry_run:
         questions = extraction.plan_all(examples, rows, teachers)
-        if has_store(args.output_dir):
-            with CompletionStore(args.output_dir) as store:
-                questions = extraction.pending(questions, store)
-        print(printable(estimate.describe_run(examples, questions, config.prices)))
+        print(printable(describe_dry_run(args, examples, questions, config.prices)))
         return 0
     is_silent = args.offline or args.merge_from or args.write_batch or args.read_batch
     with CompletionStore(args.output_dir) as store:
@@ -206,12 +203,7 @@ def extract(args) -> int | None:
         for directory, answers in shards.merge_stores(store, args.merge_from).items():
             print(f"{directory}: {answers:,} answers")
         if args.read_batch:
-            planned = extraction.plan_all(examples, rows, teachers)
-            if args.retry_with_hint:
-                planned += extraction.plan_hinted(examples, planned, store)
-            results = read_batch(args.read_batch, store, {question.key for question in planned})
-            unused = ", ".join(f"{cause} {count:,}" for cause, count in results.unused.items())
-            print(f"batch results: {results.answers:,} new answers; not used: {unused or 'none'}")
+            print(take_in_batches(args, examples, rows, teachers, store))
         questions, stats = extraction.ask_teachers(
             examples, rows, teachers, store, None if is_silent else config, args.retry_with_hint
         )
@@ -239,6 +231,31 @@ def extract(args) -> int | None:
         )
     print(f"records: {summary.records_path}")
     return 0
+
+
+def describe_dry_run(args, examples, questions, prices) -> str:
+    """What would be asked, and what it would cost; what is answered already is not asked."""
+    from dslt.teacher import estimate
+    from dslt.teacher.extract import pending
+    from dslt.teacher.store import CompletionStore, has_store
+
+    if has_store(args.output_dir):
+        with CompletionStore(args.output_dir) as store:
+            questions = pending(questions, store)
+    return estimate.describe_run(examples, questions, prices)
+
+
+def take_in_batches(args, examples, rows, teachers, store) -> str:
+    """Stores the answers of --read_batch files, and says how many were new."""
+    from dslt.teacher.batch_files import read_batch
+    from dslt.teacher.extract import plan_all, plan_hinted
+
+    planned = plan_all(examples, rows, teachers)
+    if args.retry_with_hint:
+        planned += plan_hinted(examples, planned, store)
+    results = read_batch(args.read_batch, store, {question.key for question in planned})
+    unused = ", ".join(f"{cause} {count:,}" for cause, count in results.unused.items())
+    return f"batch results: {results.answers:,} new answers; not used: {unused or 'none'}"
 
 
 def say_what_was_found(store) -> None:
@@ -363,9 +380,9 @@ def read_problems(args) -> list:
 
 def write_unexplained(examples: list, output_dir: str) -> str:
     """Writes records that keep what explanations the table has; no teacher is asked."""
-    from dslt.teacher.extract import write_records
+    from dslt.teacher.extract import RECORDS, write_records
 
-    path = Path(output_dir) / "records.jsonl"
+    path = Path(output_dir) / RECORDS
     set_aside = write_records(path, examples)
     explained = sum(example.rationale is not None for example in examples)
     moved = f"\nthe records that were here before are now {set_aside}" if set_aside else ""

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from dslt import strict_json
 from dslt.commands.arguments import add_command, add_student_flag, fields_of, positive
-from dslt.commands.evaluate import make_answer_sets
 from dslt.commands.remote import local_student
-from dslt.commands.students import answer_reader, student_files
+from dslt.commands.students import answer_reader, make_answer_sets, student_files
 from dslt.errors import InputError
 from dslt.terminal import printable
 

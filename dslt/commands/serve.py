@@ -5,9 +5,8 @@ import ipaddress
 import sys
 
 from dslt.commands.arguments import add_command, add_student_flag, fields_of, positive
-from dslt.commands.evaluate import make_answer_sets
 from dslt.commands.remote import local_student
-from dslt.commands.students import student_files
+from dslt.commands.students import make_answer_sets, student_files
 from dslt.errors import InputError
 
 

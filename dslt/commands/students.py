@@ -1,8 +1,9 @@
-"""What lies beside a student, whatever its form."""
+"""What lies beside a student, whatever its form, and what it may answer."""
 
 import dataclasses
 import functools
 import sys
+from collections.abc import Sequence
 
 from dslt.errors import InputError
 
@@ -50,3 +51,42 @@ def answer_reader(config, target_layout: str, max_target_length: int) -> tuple:
     length = max(config.max_label_length, max_target_length)
     reader = functools.partial(label_of, layout=target_layout)
     return dataclasses.replace(config, max_label_length=length), reader
+
+
+def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> list:
+    """What each input may be answered with: the config's labels, or the choices that it lists.
+
+    Of texts that are the same tokens to the student, the first stands for all.
+
+    Args:
+      inputs: how an error calls each, and its text.
+
+    Raises:
+      InputError: an input has no answers to choose from, or an answer is too long.
+    """
+    from dslt.core.answers import AnswerSet
+    from dslt.core.batch import EOS_ID
+    from dslt.teacher.parse import choices_in
+
+    sets: dict[tuple[str, ...], AnswerSet] = {}
+    chosen = []
+    for name, text in inputs:
+        texts = tuple(dict.fromkeys(config.labels or choices_in(text)))
+        if not texts:
+            raise InputError(
+                f"{name}: answers is {config.answers!r}, but its text lists no `Answer Choices:`; "
+                "give the labels to choose from, or let answers be 'open'"
+            )
+        if texts not in sets:
+            text_of: dict[tuple[int, ...], str] = {}
+            for answer in texts:
+                ids = (*vocabulary.encode(answer), EOS_ID)
+                text_of.setdefault(ids, answer)
+                if len(ids) > config.max_label_length:
+                    raise InputError(
+                        f"{name}: the answer {answer!r} has {len(ids)} tokens; expected at most "
+                        f"max_label_length = {config.max_label_length}"
+                    )
+            sets[texts] = AnswerSet(tuple(text_of.values()), tuple(text_of))
+        chosen.append(sets[texts])
+    return chosen

@@ -3,6 +3,7 @@
 Pure: a state and a batch in, a state and sums out. `train` jits it with shardings and donation.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -49,6 +50,25 @@ class StepMetrics(NamedTuple):
     consistency: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class GradientSettings:
+    """What a gradient depends on besides parameters, batch and step.
+
+    Attributes:
+      rationale_weight: λ.
+      seed: dropout keys are folded from it and the step.
+      accumulation_steps: microbatches that the rows are dealt to, one after the other in memory.
+      consistency_weight: of `consistency_loss` in the objective; 0 leaves it out of the program.
+      consistency_temperature: its τ.
+    """
+
+    rationale_weight: float = 1.0
+    seed: int = 0
+    accumulation_steps: int = 1
+    consistency_weight: float = 0.0
+    consistency_temperature: float = 0.1
+
+
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0 with fresh optimizer state."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -65,12 +85,8 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    rationale_weight: float,
+    settings: GradientSettings,
     clip_norm: float,
-    seed: int,
-    accumulation_steps: int = 1,
-    consistency_weight: float = 0.0,
-    consistency_temperature: float = 0.1,
     on_nonfinite: str = "skip",
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
@@ -81,14 +97,9 @@ def train_step(
 
     Args:
       state: before the step.
-      batch: the global batch; its rows must be a multiple of `accumulation_steps`.
+      batch: the global batch; its rows must be a multiple of `settings.accumulation_steps`.
       graphdef: of the T5 that `state.params` belong to.
-      rationale_weight: λ.
       clip_norm: of the global gradient; 0 turns clipping off.
-      seed: dropout keys are folded from it and the step.
-      accumulation_steps: microbatches that the rows are dealt to, one after the other in memory.
-      consistency_weight: of `consistency_loss` in the objective; 0 leaves it out of the program.
-      consistency_temperature: its τ.
       on_nonfinite: `skip` leaves parameters and moments as they were and goes on; `stop` halts the
         state: no later step changes it.
       mesh: what the state and the batch are placed on; None on one device.
@@ -100,16 +111,7 @@ def train_step(
       InputError: the rows cannot be dealt out evenly, or the consistency term would not see all.
     """
     (loss, (sums, consistency)), grads = gradient_of(
-        state.params,
-        batch,
-        state.step,
-        graphdef=graphdef,
-        rationale_weight=rationale_weight,
-        seed=seed,
-        accumulation_steps=accumulation_steps,
-        consistency_weight=consistency_weight,
-        consistency_temperature=consistency_temperature,
-        mesh=mesh,
+        state.params, batch, state.step, graphdef=graphdef, settings=settings, mesh=mesh
     )
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
@@ -130,11 +132,7 @@ def gradient_of(
     step: jax.Array,
     *,
     graphdef: nnx.GraphDef,
-    rationale_weight: float,
-    seed: int,
-    accumulation_steps: int,
-    consistency_weight: float,
-    consistency_temperature: float,
+    settings: GradientSettings,
     mesh: jax.sharding.Mesh | None,
 ) -> tuple[tuple[jax.Array, tuple[losses.RoleSums, jax.Array]], dict]:
     """((objective, (RoleSums, consistency loss)), the objective's gradient) of a batch.
@@ -143,19 +141,9 @@ def gradient_of(
 
     `step` is that before the update, from 0: dropout depends on it.
     """
-    rows = batch.decoder_target_tokens.shape[0]
-    if rows % accumulation_steps:
-        raise InputError(
-            f"{rows} rows cannot be dealt to {accumulation_steps} microbatches; pad the batch with "
-            "`pad_rows` to a multiple"
-        )
-    if consistency_weight and accumulation_steps > 1:
-        raise InputError(
-            f"consistency_weight is {consistency_weight} with {accumulation_steps} microbatches; "
-            "expected 1: an example's label and rationale may lie in two of them"
-        )
+    _check_microbatches(batch, settings)
     tokens = losses.role_weights(batch).sum((1, 2))  # of the whole global batch, before the split
-    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    step_key = jax.random.fold_in(jax.random.key(settings.seed), step)
 
     def microbatch_loss(params, microbatch, key):
         with sharding.inside(mesh):
@@ -165,22 +153,36 @@ def gradient_of(
                 hidden,
                 model.output_weight(),
                 microbatch.decoder_target_tokens,
-                losses.objective_weights(microbatch, tokens, rationale_weight),
+                losses.objective_weights(microbatch, tokens, settings.rationale_weight),
             )
             consistency = jnp.zeros(())
-            if consistency_weight:
+            if settings.consistency_weight:
                 # A target has two tokens at least: no more examples than that find room.
                 max_examples = microbatch.decoder_target_tokens.size // 2
                 consistency = consistency_loss(
-                    hidden, microbatch, max_examples, consistency_temperature
+                    hidden, microbatch, max_examples, settings.consistency_temperature
                 )
-                loss += consistency_weight * consistency
+                loss += settings.consistency_weight * consistency
         return loss, (losses.sum_by_role(nll, is_correct, microbatch), consistency)
 
     gradient = jax.value_and_grad(microbatch_loss, has_aux=True)
-    if accumulation_steps == 1:
+    if settings.accumulation_steps == 1:
         return gradient(params, batch, step_key)
-    return _accumulate(gradient, params, batch, step_key, accumulation_steps)
+    return _accumulate(gradient, params, batch, step_key, settings.accumulation_steps)
+
+
+def _check_microbatches(batch: Batch, settings: GradientSettings) -> None:
+    rows, num = batch.decoder_target_tokens.shape[0], settings.accumulation_steps
+    if rows % num:
+        raise InputError(
+            f"{rows} rows cannot be dealt to {num} microbatches; pad the batch with `pad_rows` to "
+            "a multiple"
+        )
+    if settings.consistency_weight and num > 1:
+        raise InputError(
+            f"consistency_weight is {settings.consistency_weight} with {num} microbatches; "
+            "expected 1: an example's label and rationale may lie in two of them"
+        )
 
 
 def _skip(state: TrainState, new: TrainState, is_finite: jax.Array) -> TrainState:

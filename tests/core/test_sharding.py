@@ -14,7 +14,7 @@ from dslt.core import hlo, sharding, t5
 from dslt.core.batch import PAD_ID, ROLE_LABEL, ROLE_RATIONALE, Batch, empty_batch, pad_rows
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import PARTITION_RULES, MeshConfig, make_mesh, state_shardings
-from dslt.core.train_step import TrainState, init_state, train_step
+from dslt.core.train_step import GradientSettings, TrainState, init_state, train_step
 
 ONE_DEVICE = MeshConfig(data=1, fsdp=1, tensor=1)
 MESHES = {
@@ -103,10 +103,8 @@ def step_function(optimizer: str, dropout_rate: float, accumulation_steps: int, 
         train_step,
         graphdef=graphdef,
         optimizer=transform,
-        rationale_weight=0.5,
+        settings=GradientSettings(rationale_weight=0.5, accumulation_steps=accumulation_steps),
         clip_norm=0.1,
-        seed=0,
-        accumulation_steps=accumulation_steps,
         mesh=mesh,
     )
     jitted = jax.jit(

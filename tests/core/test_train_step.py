@@ -15,6 +15,7 @@ import pytest
 from dslt.core import t5, train_step
 from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE, pad_rows
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
+from dslt.core.train_step import GradientSettings
 from dslt.errors import InputError
 
 TINY = dict(
@@ -49,13 +50,17 @@ def model(dropout_rate: float = 0.0, dtype: str = "float32"):
 @functools.cache
 def compiled_step(dropout_rate: float, accumulation_steps: int, clip_norm: float):
     """The step that keeps its gradient as optimizer state; λ and the seed are arguments."""
-    step = functools.partial(
-        train_step.train_step,
-        graphdef=model(dropout_rate)[0],
-        optimizer=keep_gradient,
-        clip_norm=clip_norm,
-        accumulation_steps=accumulation_steps,
-    )
+
+    def step(state, batch, rationale_weight, seed):
+        return train_step.train_step(
+            state,
+            batch,
+            graphdef=model(dropout_rate)[0],
+            optimizer=keep_gradient,
+            settings=GradientSettings(rationale_weight, seed, accumulation_steps),
+            clip_norm=clip_norm,
+        )
+
     return jax.jit(step, compiler_options=QUICK_COMPILE)
 
 
@@ -241,9 +246,8 @@ def test_training_memorises_with_a_donated_state(paired, dtype):
             train_step.train_step,
             graphdef=graphdef,
             optimizer=optimizer,
-            rationale_weight=0.5,
+            settings=GradientSettings(rationale_weight=0.5),
             clip_norm=1.0,
-            seed=0,
         ),
         donate_argnums=0,
         compiler_options=QUICK_COMPILE,
@@ -279,10 +283,8 @@ def test_the_consistency_term_is_added_with_its_weight_and_moves_the_gradient(bu
             train_step.train_step,
             graphdef=model()[0],
             optimizer=keep_gradient,
+            settings=GradientSettings(consistency_weight=consistency_weight),
             clip_norm=0.0,
-            rationale_weight=1.0,
-            seed=0,
-            consistency_weight=consistency_weight,
         )
         state = train_step.init_state(model()[1], keep_gradient)
         state, metrics = jax.jit(step, compiler_options=QUICK_COMPILE)(state, batch)
@@ -305,27 +307,21 @@ def test_the_consistency_term_wants_the_whole_batch_at_once(build):
             build([LABEL_0]),
             jnp.int32(0),
             graphdef=model()[0],
-            rationale_weight=1.0,
-            seed=0,
-            accumulation_steps=2,
-            consistency_weight=1.0,
-            consistency_temperature=0.1,
+            settings=GradientSettings(accumulation_steps=2, consistency_weight=1.0),
             mesh=None,
         )
 
 
 @functools.cache
-def settling_step(on_nonfinite: str, accumulation_steps: int):
+def settling_step(on_nonfinite: str, accumulation_steps: int, rationale_weight: float = 0.5):
     """An AdamW step whose learning rate falls at each."""
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1), num_steps=10)
     step = functools.partial(
         train_step.train_step,
         graphdef=model()[0],
         optimizer=optimizer,
-        rationale_weight=0.5,
+        settings=GradientSettings(rationale_weight, accumulation_steps=accumulation_steps),
         clip_norm=1.0,
-        seed=0,
-        accumulation_steps=accumulation_steps,
         on_nonfinite=on_nonfinite,
     )
     start = train_step.init_state(model()[1], optimizer)
@@ -378,7 +374,7 @@ def test_a_step_that_is_not_finite_halts_the_state(paired, accumulation):
 
 def test_a_finite_gradient_whose_norm_is_not_is_skipped_too(paired):
     """Clipping would make zeros of it: 1 / inf."""
-    step, start = settling_step("skip", 1)
-    after, metrics = step(start, paired, rationale_weight=1e30)
+    step, start = settling_step("skip", 1, rationale_weight=1e30)
+    after, metrics = step(start, paired)
     assert np.isfinite(metrics.loss) and not metrics.is_finite
     assert_same(reals(after), reals(start))

@@ -91,7 +91,7 @@ def test_truncate_by_hand():
 
 
 def test_a_task_without_examples_is_none(tmp_path, vocabulary):
-    write_rows(tmp_path / "r.jsonl", [Example("1", "bare", "test", "Ann has", rationale=" ")])
+    write_rows(tmp_path / "r.jsonl", [Example("1", "bare", "test", "Ann has")])
     index = open_index(tmp_path, tmp_path / "r.jsonl")
     for task in ("label", "rationale"):
         assert open_task(tmp_path, index, "bare", task, vocabulary, SHORT) is None
