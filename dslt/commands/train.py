@@ -179,15 +179,9 @@ def describe_run(run, configs, stream, vocabulary) -> None:
         print(f"data        {line}")
     for role, source, target in first_of_each_role(stream.batch(0)):
         print(f"{role:<11} {vocabulary.decode(source)!r} -> {vocabulary.decode(target)!r}")
-    data = configs.data
-    workdir.StudentFormat(
-        input_prefix_label=data.input_prefix_label,
-        input_prefix_rationale=data.input_prefix_rationale,
-        max_input_length=data.max_input_length,
-        max_target_length=data.max_target_length,
-        rationale_start_id=data.rationale_start_id,
-        target_layout=data.target_layout,
-    ).write(run.student)
+    names = [field.name for field in dataclasses.fields(workdir.StudentFormat)]
+    format = workdir.StudentFormat(**{name: getattr(configs.data, name) for name in names})
+    format.write(run.student)
     branch = {}
     if configs.train.branch_from and not run.has_checkpoints():
         checkpoints, step = find_branch(Path(configs.train.branch_from))

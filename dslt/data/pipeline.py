@@ -67,18 +67,13 @@ KEPT_PLANS = 4  # windows: the current one, the one a prefetch is in, and two th
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What a run reads.
+class DataConfig(TaskSettings):
+    """What a run reads, and how (see TaskSettings too).
 
     Attributes:
       records: JSONL files of records; a dataset lies in one file only.
       vocabulary: a SentencePiece file, a Hugging Face tokenizer's directory, `bytes`, or `train:N`
         for at most N pieces trained on the train splits of these records.
-      label_source: `gold` or `teacher`, what the train split learns as the label.
-      input_prefix_label, input_prefix_rationale: what tells the student the task.
-      max_input_length, max_target_length: tokens, EOS included; what is longer is cut and counted.
-      target_layout: `label`, the paper's; or one target of rationale and label, in the order of the
-        name, for ablations (see target_layout.py): then there is no separate rationale task.
       train_fraction: the share of each dataset's train examples that is learnt from, in (0, 1]. By
         the run's seed, and a smaller share is a part of a larger one. Other splits stay whole, and
         so does what the vocabulary is trained on.
@@ -95,12 +90,6 @@ class DataConfig:
 
     records: tuple[str, ...] = ()
     vocabulary: str = ""
-    label_source: str = "gold"
-    input_prefix_label: str = "predict: "
-    input_prefix_rationale: str = "explain: "
-    max_input_length: int = 1024
-    max_target_length: int = 256
-    target_layout: str = LABEL
     train_fraction: float = 1.0
     shuffle_rationales: bool = False
     batch_examples: int = 64
@@ -111,6 +100,7 @@ class DataConfig:
     cache_dir: str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.shared_encoder and self.input_prefix_label != self.input_prefix_rationale:
             raise InputError(
                 f"DataConfig.shared_encoder is set, but input_prefix_label is "
@@ -129,10 +119,9 @@ class DataConfig:
         return SHARED_RATIONALE_START_ID if self.shared_encoder else PAD_ID
 
     def task_settings(self) -> TaskSettings:
-        """The part that the tokens depend on; raises InputError if it cannot be."""
-        return TaskSettings(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(TaskSettings)}
-        )
+        """The part that the tokens depend on."""
+        names = [field.name for field in dataclasses.fields(TaskSettings)]
+        return TaskSettings(**{name: getattr(self, name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from dslt.data.token_cache import LABEL_TASK, TaskSettings, target_texts
+from dslt.data.token_cache import TaskSettings, target_texts
 from dslt.records import Example
 
 CHUNK_EXAMPLES = 1024  # texts handed to TensorFlow at a time: one by one is ten times slower
@@ -55,10 +55,8 @@ def text_dataset(
 
 def task_preprocessors(task: str, settings: TaskSettings) -> list[Callable]:
     """Prefix, tokens, and an EOS that outlives truncation; SeqIO can cache the tokens."""
-    is_label = task == LABEL_TASK
-    prefix = settings.input_prefix_label if is_label else settings.input_prefix_rationale
     return [
-        functools.partial(add_prefix, prefix=prefix),
+        functools.partial(add_prefix, prefix=settings.prefix(task)),
         seqio.preprocessors.tokenize,
         seqio.CacheDatasetPlaceholder(),  # SeqIO's own caching job writes what comes to here
         seqio.preprocessors.append_eos_after_trim,

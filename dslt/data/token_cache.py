@@ -58,7 +58,9 @@ class TaskSettings:
         are always judged by gold.
       input_prefix_label, input_prefix_rationale: what tells the student the task.
       max_input_length, max_target_length: tokens, EOS included; what is longer is cut and counted.
-      target_layout: what a train target of the label task holds, one of TARGET_LAYOUTS.
+      target_layout: of the label task's train targets. `label` is the paper's; the others, for
+        ablations, hold rationale and label in one target, in the order of the name (see
+        target_layout.py): then there is no separate rationale task.
     """
 
     label_source: str = "gold"
@@ -72,13 +74,19 @@ class TaskSettings:
         for name, known in (("label_source", LABEL_SOURCES), ("target_layout", TARGET_LAYOUTS)):
             if getattr(self, name) not in known:
                 raise InputError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}"
+                    f"{type(self).__name__}.{name} is {getattr(self, name)!r}; expected one of "
+                    f"{', '.join(known)}"
                 )
         for name in ("max_input_length", "max_target_length"):
             if getattr(self, name) < 2:
                 raise InputError(
-                    f"{name} is {getattr(self, name)}; expected at least 2: a token and EOS"
+                    f"{type(self).__name__}.{name} is {getattr(self, name)}; expected at least 2: "
+                    "a token and EOS"
                 )
+
+    def prefix(self, task: str) -> str:
+        """What one of TASKS has before its inputs."""
+        return self.input_prefix_label if task == LABEL_TASK else self.input_prefix_rationale
 
 
 def task_name(dataset: str, task: str) -> str:
@@ -246,7 +254,7 @@ def open_task(
         "task": name,
         "vocabulary": vocabulary.digest,
         "records": index.digest,
-        "prefix": getattr(settings, f"input_prefix_{task}"),
+        "prefix": settings.prefix(task),
         "label_source": settings.label_source if task == LABEL_TASK else None,
         "target_layout": settings.target_layout if task == LABEL_TASK else None,
         "max_input_length": settings.max_input_length,

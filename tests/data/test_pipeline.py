@@ -298,7 +298,7 @@ def test_fill_is_the_share_of_cells_with_tokens(stream):
 
 def test_the_report_tells_what_is_left_out_cut_and_unknown(config, cache_dir, tmp_path):
     rows = [Example(str(i), "odd", "train", "Ann has 日 hats", label="( 3 + 4 )") for i in range(9)]
-    rows += [Example("x", "odd", "train", "Ann has", label="", rationale="none")]
+    rows += [Example("x", "odd", "train", "Ann has", rationale="none")]
     write_rows(tmp_path / "odd.jsonl", rows)
     config = dataclasses.replace(
         config, records=(str(tmp_path / "odd.jsonl"),), max_target_length=4
@@ -373,9 +373,8 @@ def test_what_cannot_be_trained_on_is_an_input_error(
 ):
     write_rows(tmp_path / "r.jsonl", rows)
     config = dataclasses.replace(config, records=(str(tmp_path / "r.jsonl"),))
-    config = dataclasses.replace(config, **changes)
     with pytest.raises(InputError, match=message):
-        open_stream(config, cache_dir)
+        open_stream(dataclasses.replace(config, **changes), cache_dir)
 
 
 def test_a_dataset_in_two_files_is_an_input_error(config, cache_dir, tmp_path):
