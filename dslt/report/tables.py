@@ -144,7 +144,7 @@ def tests_table(tests: Sequence[PairedTest]) -> Table:
     rows = []
     for t in tests:
         interval = t.interval and " to ".join(map(percent, t.interval))
-        unit = "seeds" if t.test == "paired t" else "examples of one seed"
+        unit = "seeds" if t.test == "paired t" else "examples"
         rows.append((
             t.dataset, t.model, share_text(t.fraction), t.line, t.reference,
             percent(t.difference, "+"), interval, f"{t.test}, {t.pairs} {unit}",
