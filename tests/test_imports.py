@@ -212,7 +212,13 @@ LIGHT = {
     "core": (["core/*.py"], ("transformers", "orbax.checkpoint", "dslt.data", *TENSORFLOW)),
     "teacher": (["teacher/*.py"], ("jax", *TENSORFLOW)),
     "data": (
-        ["data/packing.py", "data/token_cache.py", "data/vocabulary.py", "data/pipeline.py"],
+        [
+            "data/packing.py",
+            "data/row_shape.py",
+            "data/token_cache.py",
+            "data/vocabulary.py",
+            "data/pipeline.py",
+        ],
         ("jax", *TENSORFLOW),
     ),
     "report": (["report/*.py"], ("jax", "flax", "orbax.checkpoint", *TENSORFLOW)),

@@ -7,7 +7,7 @@ k % window_batches of window k // window_batches, so a batch is a function of (s
 the lengths alone: nothing to save, and any host can build any step's rows.
 
     order = PairOrder(sizes=(8767,), rates=(8767.0,), batch_examples=64, seed=0)
-    shape = suggest_row_shape(order, lengths)
+    shape = RowShape(rows=14, source_length=424, target_length=152)
     plan = plan_window(lengths[order.window(0)], shape, order.window_batches, key=(0, 0))
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dslt.core.batch import PAD_ID, ROLE_LABEL, ROLE_RATIONALE, Batch, empty_batch
+from dslt.data.bins import assign
 from dslt.errors import InputError
 
 # Window loads must differ little for rows to be full: 2,048 pairs of SVAMP or CQA vary by 1 %.
@@ -26,20 +27,7 @@ MIN_WINDOW_BATCHES = 8
 MAX_WINDOW_BATCHES = 128
 MIXTURE_CYCLE = 65_536  # positions after which a mixture's pattern repeats; rates round to 1/65,536
 
-SOURCE_LENGTHS = (256, 384, 512)  # what a suggested row's source length is near
-SHORT_ROWS_WASTE = 0.03  # room that may be lost for shorter rows
-LENGTH_MULTIPLE = 8
-SHAPE_WINDOWS = 64  # how many windows' loads a suggestion looks at
-TRIED_WINDOWS = 4  # how many of them, the heaviest, it packs
-SPARED = 0.005  # the share of a side that they must leave free, for windows not looked at
-MIN_ROW_SEGMENTS = np.array([3, 2])  # of the longest, source and target, a row must hold
-MAX_FILL = 0.99  # above it packing is not even tried: it would fail, and slowly
-MIN_FILL = 0.9  # below it a suggestion adds rows and no longer lengthens them
-
 START_IDS = {ROLE_LABEL: PAD_ID, ROLE_RATIONALE: PAD_ID}  # T5's; the source names the task
-
-SWAPS_ASIDE = 128  # of them, items of the bin that overflows
-MAX_SWAPS = 1 << 14  # candidates looked at for one swap; all of them where bins are small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +189,7 @@ def plan_window(
     """
     segment_sizes = lengths.reshape(len(lengths), -1, 2)  # [pairs, segments, source or target]
     capacity = np.array([shape.source_length, shape.target_length])
-    pair_batch, _ = _assign(segment_sizes.sum(1), capacity * shape.rows, batches)
+    pair_batch, _ = assign(segment_sizes.sum(1), capacity * shape.rows, batches)
     segment_row = np.full(segment_sizes.shape[:2], -1)
     room = np.tile(capacity, (batches, shape.rows, 1))
     evicted = []
@@ -209,7 +197,7 @@ def plan_window(
         pair, which = np.nonzero(
             (pair_batch == batch)[:, None] & (segment_sizes.sum(-1) > 0)
         )  # [n] each: the segments of this batch
-        row, load = _assign(segment_sizes[pair, which], capacity, shape.rows)
+        row, load = assign(segment_sizes[pair, which], capacity, shape.rows)
         segment_row[pair, which] = row
         room[batch] = capacity - load
         evicted += _evict(segment_sizes, segment_row, np.unique(pair), room[batch])
@@ -223,110 +211,6 @@ def plan_window(
     )
     segments = _lay_out(segment_sizes, shuffled[pair_batch], segment_row, shape.rows)
     return WindowPlan(segments, np.array(sorted(left_out), np.int64))
-
-
-def suggest_row_shape(
-    order: PairOrder,
-    lengths: np.ndarray,
-    source_length: int | None = None,
-    target_length: int | None = None,
-) -> RowShape:
-    """The row shape that fills both sides: a function of the data and the batch, not of the seed.
-
-    The number of rows follows from a source length near one of SOURCE_LENGTHS (longer where single
-    segments are long) or from the lengths that are given. Free lengths are then the least multiples
-    of 8 with which the heaviest of the first 64 windows are packed without a rest. Of shapes that
-    hold nearly as little room the shortest is taken: attention costs least over it.
-
-    Args:
-      order: the pairs' order; its seed plays no role.
-      lengths: [all pairs, 2 + 2R] integers, as in `plan_window`.
-      source_length, target_length: to be kept as they are, if given.
-
-    Raises:
-      InputError: a given length is below the longest segment.
-    """
-    order = dataclasses.replace(order, seed=0)
-    windows = [lengths[order.window(index)] for index in range(SHAPE_WINDOWS)]
-    loads = np.array([window.reshape(-1, 2).sum(0) for window in windows]) / order.window_batches
-    heaviest = np.unique(np.argsort(-loads, axis=0, kind="stable")[: TRIED_WINDOWS // 2])
-    tried = [windows[index] for index in heaviest]
-    load = loads.max(0)  # [2]: source and target tokens of a batch
-    longest = lengths.reshape(-1, 2).max(0)
-    given = [source_length, target_length]
-    _check_given_lengths(given, longest)
-
-    def lengthen(rows: int) -> RowShape:
-        """The shape of at least so many rows that packs all that is tried."""
-        while True:
-            sides = [
-                size or _round_up(need)
-                for size, need in zip(given, load / rows * (1 + SPARED), strict=True)
-            ]
-            sides = [max(side, _round_up(need)) for side, need in zip(sides, longest, strict=True)]
-            while not _packs(tried, RowShape(rows, *sides), order.window_batches):
-                side = _tighter_side(load / rows, sides, given)
-                if side is None:
-                    break
-                sides[side] += LENGTH_MULTIPLE
-            else:
-                shape = RowShape(rows, *sides)
-                return _shrink(tried, shape, order.window_batches, given, longest)
-            rows += 1
-
-    first_rows = {_first_rows(load, given, longest, near): None for near in SOURCE_LENGTHS}
-    shapes = [lengthen(rows) for rows in first_rows]
-    room = [shape.rows * (shape.source_length + shape.target_length) for shape in shapes]
-    least = min(room) * (1 + SHORT_ROWS_WASTE)
-    return next(shape for shape, cells in zip(shapes, room, strict=True) if cells <= least)
-
-
-def _first_rows(
-    load: np.ndarray, given: list[int | None], longest: np.ndarray, source_length: int
-) -> int:
-    """The rows to begin with: the count near the wanted one where rounding to 8 wastes least."""
-    if any(given):
-        return max(int(-(-need // size)) for need, size in zip(load, given, strict=True) if size)
-    wanted = min(load[0] / source_length, *(load / longest / MIN_ROW_SEGMENTS))
-    rows = max(1, round(wanted))
-    near = [n for n in (rows, rows - 1, rows + 1) if 0.75 * n < wanted < 1.25 * n]
-    return min(near or [rows], key=lambda n: n * sum(_round_up(need / n) for need in load))
-
-
-def _tighter_side(need: np.ndarray, sides: list[int], given: list[int | None]) -> int | None:
-    """0 (source) or 1 (target), the fuller of the free sides; None if rows should be added."""
-    fills = [0 if fixed else need[side] / sides[side] for side, fixed in enumerate(given)]
-    return int(np.argmax(fills)) if max(fills) >= MIN_FILL else None
-
-
-def _shrink(
-    windows: list[np.ndarray],
-    shape: RowShape,
-    batches: int,
-    given: list[int | None],
-    longest: np.ndarray,
-) -> RowShape:
-    """Takes back what one side was given in vain while the other was too short."""
-    for side, name in ((1, "target_length"), (0, "source_length")):
-        shorter = dataclasses.replace(shape, **{name: getattr(shape, name) - LENGTH_MULTIPLE})
-        is_free = given[side] is None and getattr(shorter, name) >= longest[side]
-        if is_free and _packs(windows, shorter, batches):
-            shape = shorter
-    return shape
-
-
-def _packs(windows: list[np.ndarray], shape: RowShape, batches: int) -> bool:
-    """Whether all windows are packed without a rest, with a little to spare on each side."""
-    longest = np.max([window.reshape(-1, 2).max(0) for window in windows], axis=0)
-    sides = (shape.source_length, shape.target_length)
-    spared = [
-        max(side - 1 - int(side * SPARED), need) for side, need in zip(sides, longest, strict=True)
-    ]
-    shape = RowShape(shape.rows, *map(int, spared))
-    most = np.max([window.reshape(-1, 2).sum(0) for window in windows], axis=0) / batches
-    if (most > MAX_FILL * shape.rows * np.array(spared)).any():
-        return False
-    return all(not plan_window(window, shape, batches, (0,)).left_out.size for window in windows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -442,84 +326,6 @@ def _ramps(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _gather(table: TokenTable, entry: np.ndarray, length: np.ndarray, ramp: np.ndarray):
     return np.repeat(table.offsets[entry], length) + ramp
-
-
-def _round_up(length: float) -> int:
-    return int(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-
-
-def _check_given_lengths(given: list[int | None], longest: np.ndarray) -> None:
-    for side, size, need in zip(("source", "target"), given, longest, strict=True):
-        if size is not None and size < need:
-            limit = "max_input_length" if side == "source" else "max_target_length"
-            raise InputError(
-                f"{side}_length is {size}, but the longest {side} has {need} tokens; set "
-                f"{side}_length to at least {need}, or {limit} to at most {size}"
-            )
-
-
-def _assign(sizes: np.ndarray, capacity: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gives each item a bin so that no bin overflows, if that can be found.
-
-    Args:
-      sizes: [n, 2] integers, source and target tokens.
-      capacity: [2], of every bin.
-
-    Returns:
-      ([n] bin of each item, [bins, 2] load of each bin).
-    """
-    relative = sizes / capacity
-    order = np.argsort(-relative.max(1, initial=0), kind="stable")
-    source_load, target_load = np.zeros((2, bins))
-    where = np.zeros(len(sizes), np.int64)
-    # Side by side and by plain floats: two axes at once would take twice as long.
-    for item, (source, target) in zip(order.tolist(), relative[order].tolist(), strict=True):
-        chosen = np.maximum(source_load + source, target_load + target).argmin()
-        where[item] = chosen
-        source_load[chosen] += source
-        target_load[chosen] += target
-    return _swap_until_it_fits(sizes, capacity, bins, where)
-
-
-def _swap_until_it_fits(
-    sizes: np.ndarray, capacity: np.ndarray, bins: int, where: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Swaps or moves items, the best swap first, while that lessens what overflows."""
-    items = len(sizes)
-    sizes = np.concatenate([sizes, np.zeros((bins, 2), sizes.dtype)])  # a swap with these: a move
-    where = np.concatenate([where, np.arange(bins)])
-    load = np.zeros((bins, 2), np.int64)
-    np.add.at(load, where, sizes)
-    excess = _excess(load, capacity)
-    is_stuck = np.zeros(bins, bool)
-    while (np.where(is_stuck, 0, excess) > 0).any():
-        worst = int(np.where(is_stuck, 0, excess).argmax())
-        mine, others = np.flatnonzero(where == worst), np.flatnonzero(where != worst)
-        others = others[:: 1 + len(others) * min(len(mine), SWAPS_ASIDE) // MAX_SWAPS]
-        mine = mine[:: 1 + len(mine) // SWAPS_ASIDE]
-        change = sizes[others] - sizes[mine, None]  # [mine, others, 2], what `worst` gains
-        after = _excess(load[worst] + change, capacity) + _excess(
-            load[where[others]] - change, capacity
-        )
-        gain = excess[worst] + excess[where[others]] - after
-        if not len(others) or gain.max() < 1e-9:
-            is_stuck[worst] = True
-            continue
-        i, j = np.unravel_index(gain.argmax(), gain.shape)
-        mine, other = mine[i], others[j]
-        bin_pair = [worst, where[other]]
-        load[worst] += change[i, j]
-        load[where[other]] -= change[i, j]
-        where[mine], where[other] = where[other], worst
-        excess[bin_pair] = _excess(load[bin_pair], capacity)
-        is_stuck[:] = False
-    return where[:items], load
-
-
-def _excess(load: np.ndarray, capacity: np.ndarray) -> np.ndarray:
-    """How far loads [..., 2] exceed the capacity, in shares of it, both sides together: [...]."""
-    over = np.maximum(load - capacity, 0) / capacity
-    return over[..., 0] + over[..., 1]
 
 
 def _evict(

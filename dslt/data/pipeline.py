@@ -42,8 +42,8 @@ from dslt.data.packing import (
     build_batch,
     plan_window,
     share_sources,
-    suggest_row_shape,
 )
+from dslt.data.row_shape import suggest_row_shape
 from dslt.data.target_layout import LABEL, MARK
 from dslt.data.token_cache import (
     LABEL_TASK,
