@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from dslt.core.dropout import dropout
 from dslt.core.flash_attention import flash_attention
+from dslt.core.products import einsum
 from dslt.errors import InputError
 
 IMPLEMENTATIONS = ("plain", "flash", "cudnn")
@@ -79,36 +80,57 @@ def attend(
     return plain_attention(queries, keys, values, bias, mask.expand(), dropout_rate, dropout_key)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def plain_attention(queries, keys, values, bias, mask, dropout_rate=0.0, dropout_key=None):
-    """As `attend`, with bias [1, H, Q, N] and mask [B, 1, Q, N] bool."""
-    scores = jnp.einsum("bqhk,bnhk->bhqn", queries, keys, preferred_element_type=jnp.float32)
+    """As `attend`, with bias [1, H, Q, N] and mask [B, 1, Q, N] bool.
+
+    Its gradient is written out, for products in float32 of narrow operands (products.py) and for
+    fewer passes over the scores: softmax's own takes the sum of weights times their gradients, a
+    number a query, and that is also the sum of results times theirs.
+
+    Source: Dao et al. 2022 (arXiv 2205.14135), equation 4.
+    """
+    arguments = queries, keys, values, bias, mask, dropout_rate, dropout_key
+    return _plain_forward(*arguments)[0]
+
+
+def _plain_forward(queries, keys, values, bias, mask, dropout_rate, dropout_key):
+    dtype = values.dtype
+    scores = einsum("bqhk,bnhk->bhqn", queries, keys)
     if bias is not None:
-        scores = add_bias(scores, bias)
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(values.dtype)
-    weights = dropout(weights, dropout_rate, dropout_key)
-    return jnp.einsum("bhqn,bnhk->bqhk", weights, values)
+        scores = scores + bias
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
+    dropped = dropout(weights, dropout_rate, dropout_key).astype(dtype)
+    mixed = einsum("bhqn,bnhk->bqhk", dropped, values, dtype)
+    has_bias = None if bias is None else ()
+    return mixed, (queries, keys, values, has_bias, weights.astype(dtype), dropped, mixed)
 
 
-@jax.custom_vjp
-def add_bias(scores, bias):
-    """[B, H, Q, N] + [1, H, Q, N], whose gradient sums over the rows by a product with ones.
+def _plain_backward(dropout_rate, saved, d_mixed):
+    queries, keys, values, has_bias, weights, dropped, mixed = saved
+    dtype = queries.dtype
+    d_values = einsum("bhqn,bqhk->bnhk", dropped, d_mixed, dtype)
+    d_dropped = einsum("bqhk,bnhk->bhqn", d_mixed, values)
+    of_query = (d_mixed.astype(jnp.float32) * mixed).sum(-1).swapaxes(1, 2)[..., None]
+    d_scores = d_dropped * dropped - of_query * weights  # [B, H, Q, N] float32; 0 where masked
+    d_bias = None if has_bias is None else _sum(d_scores, axis=0)[None]
+    d_scores = d_scores.astype(dtype)
+    d_queries = einsum("bhqn,bnhk->bqhk", d_scores, keys, dtype)
+    d_keys = einsum("bhqn,bqhk->bnhk", d_scores, queries, dtype)
+    return d_queries, d_keys, d_values, d_bias, None, None
+
+
+plain_attention.defvjp(_plain_forward, _plain_backward)
+
+
+def _sum(x, axis: int):
+    """`x.sum(axis)` in float32, by a product with ones.
 
     As a plain sum, XLA's CPU backend fuses it with all that follows, down to the bias by distance,
     on one core: a tenth of a small model's step.
     """
-    return scores + bias
-
-
-def _add_bias_forward(scores, bias):
-    return scores + bias, None
-
-
-def _add_bias_backward(_, d_sum):
-    ones = jnp.ones(d_sum.shape[0], d_sum.dtype)
-    return d_sum, jnp.einsum("b,bhqn->hqn", ones, d_sum, precision="highest")[None]
-
-
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+    ones = jnp.ones(x.shape[axis], x.dtype)
+    return jnp.tensordot(ones, x, axes=((0,), (axis,)), precision="highest")
 
 
 def cached_attention(queries, keys, values, bias, mask):
@@ -123,11 +145,11 @@ def cached_attention(queries, keys, values, bias, mask):
     Returns:
       [B, Q, H, K].
     """
-    scores = jnp.einsum("bqhk,bhnk->bhqn", queries, keys, preferred_element_type=jnp.float32)
+    scores = einsum("bqhk,bhnk->bhqn", queries, keys)
     if bias is not None:
         scores = scores + bias
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(values.dtype)
-    return jnp.einsum("bhqn,bhnk->bqhk", weights, values)
+    return einsum("bhqn,bhnk->bqhk", weights, values, values.dtype)
 
 
 def fused_attention(queries, keys, values, bias, mask, implementation: str = "cudnn"):
@@ -167,17 +189,13 @@ def _expand_bias_forward(bias, num_queries):
 
 
 def _expand_bias_backward(num_queries, _, d_expanded):
-    """The way back: rows that are one longer, so that equal distances lie in a column.
-
-    The columns are added up by a product with ones, for the reason that `add_bias` gives.
-    """
+    """The way back: rows that are one longer, so that equal distances lie in a column."""
     _, heads, _, num_keys = d_expanded.shape
     length = num_queries + num_keys - 1
     rows = jnp.pad(d_expanded[0], ((0, 0), (0, 0), (num_queries - 1, 0)))
     rows = jnp.pad(rows.reshape(heads, num_queries * length), ((0, 0), (0, num_queries)))
     rows = rows.reshape(heads, num_queries, length + 1)
-    ones = jnp.ones(num_queries, rows.dtype)
-    return (jnp.einsum("q,hqd->hd", ones, rows, precision="highest")[:, :length],)
+    return (_sum(rows, axis=1)[:, :length],)
 
 
 expand_bias.defvjp(_expand_bias_forward, _expand_bias_backward)

@@ -17,6 +17,7 @@ Source: the architecture of Raffel et al. 2020 (arXiv 1910.10683) and Shazeer 20
 """
 
 import dataclasses
+import functools
 import math
 import operator
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from dslt.core import attention
 from dslt.core.attention import SegmentMask
 from dslt.core.batch import NUM_ROLES, Batch
 from dslt.core.dropout import dropout
+from dslt.core.products import project
 from dslt.core.sharding import gather_again, gather_matrix, gather_width, split_rows
 from dslt.errors import InputError
 
@@ -221,11 +223,22 @@ class FeedForward(nnx.Module):
     @jax.named_scope("feed_forward")
     def __call__(self, x, dropout_key=None):
         if self.is_gated:
-            hidden = jax.nn.gelu(_project(x, self.wi_0), approximate=True) * _project(x, self.wi_1)
+            inputs = _project(x, self.wi_0), _project(x, self.wi_1)
         else:
-            hidden = jax.nn.relu(_project(x, self.wi))
-        hidden = dropout(hidden, self.dropout_rate, dropout_key)
+            inputs = (_project(x, self.wi),)
+        hidden = _activate(self.dropout_rate, dropout_key, *inputs)
         return _project(hidden, self.wo, is_split_last=True)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def _activate(dropout_rate, dropout_key, gate, up=None):
+    """`gelu(gate) ⊙ up`, or `relu(gate)` alone, then dropout: in float32, but saved as given.
+
+    Recomputed on the way back, so that a scan keeps two narrow arrays and nothing in between.
+    """
+    wide = gate.astype(jnp.float32)
+    hidden = jax.nn.relu(wide) if up is None else jax.nn.gelu(wide, approximate=True) * up
+    return dropout(hidden, dropout_rate, dropout_key).astype(gate.dtype)
 
 
 class EncoderLayer(nnx.Module):
@@ -519,16 +532,13 @@ def _project(x, weight: nnx.Param, num_contracted: int = 1, is_split_last: bool 
     """x [B, N, ...] by a weight whose first `num_contracted` dimensions are x's last: [B, N, ...].
 
     `is_split_last` says that the weight's last dimension is the one over fsdp, not its first.
-
-    Written as one product of matrices: the gradient of a three-dimensional product transposes its
-    operands on a CPU, and the feed-forward's backward then takes four times as long.
     """
     weight = weight[...].astype(x.dtype)
     contracted, kept = weight.shape[:num_contracted], weight.shape[num_contracted:]
     matrix = weight.reshape(math.prod(contracted), math.prod(kept))
     if x.shape[1] > 1:  # to decode one position, moving activations is cheaper: XLA may choose
         matrix = gather_matrix(matrix, is_split_last)
-    return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[:2], *kept)
+    return project(x.reshape(*x.shape[:2], -1), matrix).reshape(*x.shape[:2], *kept)
 
 
 def _split(key, num: int):

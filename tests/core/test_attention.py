@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dslt.core import attention, t5
+from dslt.core.dropout import dropout
 
 
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 5), (4, 4), (3, 6), (5, 1)])
@@ -62,6 +63,35 @@ def test_the_fused_form_gives_the_numbers_of_plain():
         ]
         for expected, found in zip(*map(jax.tree.leaves, results), strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.3])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_written_gradient_is_that_of_the_formula(dropout_rate, has_bias):
+    """Of queries, keys, values and bias, beside autodiff of softmax; rows of one key included."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, 5, 3, 4), (2, 6, 3, 4), (2, 6, 3, 4), (1, 3, 5, 6)]
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    arrays[3:] = arrays[3:] if has_bias else []
+    mask = rng.random((2, 1, 5, 6)) < 0.5
+    mask[:, :, 0] = np.arange(6) == 2
+    d_mixed = rng.normal(size=shapes[0]).astype(np.float32)
+    key = jax.random.key(1)
+
+    def by_formula(queries, keys, values, bias=0.0):
+        scores = jnp.einsum("bqhk,bnhk->bhqn", queries, keys) + bias
+        weights = jax.nn.softmax(jnp.where(mask, scores, attention.MASKED))
+        return jnp.einsum("bhqn,bnhk->bqhk", dropout(weights, dropout_rate, key), values)
+
+    def written(queries, keys, values, bias=None):
+        return attention.plain_attention(queries, keys, values, bias, mask, dropout_rate, key)
+
+    (expected, pull_expected), (found, pull_found) = (
+        jax.vjp(attend, *arrays) for attend in (by_formula, written)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for gradient, known in zip(pull_found(d_mixed), pull_expected(d_mixed), strict=True):
+        np.testing.assert_allclose(gradient, known, atol=1e-5)
 
 
 def test_cudnn_lowers_to_its_fused_kernels_for_a_gpu_that_is_not_there(monkeypatch):
