@@ -9,12 +9,27 @@ import jax.numpy as jnp
 from dslt.core.batch import PAD_ID
 
 
+BLOCK = 128  # entries that an argmax looks at together; T5's vocabularies are multiples of it
+
+
 def most_likely(logits: jax.Array) -> jax.Array:
     """[B, V] to [B] int32: the argmax, the first of equals."""
-    # Two plain reductions: a CPU's argmax carries value and index along and is not vectorised.
-    is_best = logits == logits.max(-1, keepdims=True)
-    indices = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.where(is_best, indices, logits.shape[-1] - 1).min(-1)
+    # One pass over the logits, then the best block alone: a CPU's argmax carries value and index
+    # along, is not vectorised, and takes six times as long.
+    rows, pieces = logits.shape
+    missing = -pieces % BLOCK
+    blocks = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    blocks = blocks.reshape(rows, -1, BLOCK)
+    best_block = _first_highest(blocks.max(-1))
+    best = jnp.take_along_axis(blocks, best_block[:, None, None], axis=1)[:, 0]
+    return jnp.minimum(best_block * BLOCK + _first_highest(best), pieces - 1)
+
+
+def _first_highest(values: jax.Array) -> jax.Array:
+    """[B, N] to [B] int32 by two reductions, N small."""
+    is_best = values == values.max(-1, keepdims=True)
+    indices = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    return jnp.where(is_best, indices, values.shape[-1] - 1).min(-1)
 
 
 def sample(logits: jax.Array, config, numbers: jax.Array, positions: jax.Array) -> jax.Array:

@@ -106,7 +106,7 @@ class Slots(NamedTuple):
     Attributes:
       step: [] int32, steps taken since the first source came.
       sources: what is decoded.
-      self_cache: keys and values of each layer, [B, H, N, M, K].
+      self_cache: keys and values of each layer, [B, H, N * M, K].
       can_see: [B, M, N, M] bool; which beams' cached columns are a beam's own past. Beams share the
         cache and remember where they came from, so that no key moves when beams are chosen.
       lengths: [B] int32, tokens decoded.
@@ -202,7 +202,7 @@ def start(sources: Sources, config: DecodeConfig, *, cache_length: int, max_leng
     """
     rows, heads, _, head_dim = sources.cross[0][0].shape
     beams = config.beams
-    empty = jnp.zeros((rows, heads, cache_length, beams, head_dim), sources.cross[0][0].dtype)
+    empty = jnp.zeros((rows, heads, cache_length * beams, head_dim), sources.cross[0][0].dtype)
     tokens = jnp.full((rows, beams, max_length), PAD_ID, jnp.int32)
     slots = Slots(
         step=None,
@@ -306,7 +306,13 @@ def resize_cache(slots: Slots, cache_length: int) -> Slots:
     last = slots.step - 1
     distances = t5.ring_distances(last, cache_length)
     columns = (last - distances) % old_length
-    self_cache = jax.tree.map(lambda x: jnp.take(x, columns, axis=2), slots.self_cache)
+
+    def resize(cached):  # [B, H, N * M, K]
+        split = cached.reshape(*cached.shape[:2], old_length, -1, cached.shape[-1])
+        resized = jnp.take(split, columns, axis=2)
+        return resized.reshape(*cached.shape[:2], -1, cached.shape[-1])
+
+    self_cache = jax.tree.map(resize, slots.self_cache)
     can_see = jnp.take(slots.can_see, columns, axis=2) & (distances < old_length)[:, None]
     return slots._replace(self_cache=self_cache, can_see=can_see)
 

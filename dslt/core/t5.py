@@ -116,7 +116,7 @@ class LayerCache(NamedTuple):
     (heads before positions): each head's keys are one matrix.
     """
 
-    self_keys: jax.Array  # [B, H, N, M, K]: M beams of a row
+    self_keys: jax.Array  # [B, H, N * M, K]: a column holds the M beams of a row
     self_values: jax.Array
     cross_keys: jax.Array  # [B, H, S, K]: once, for all beams
     cross_values: jax.Array
@@ -299,13 +299,12 @@ class DecoderLayer(nnx.Module):
         normed = self.self_attention_norm(x)
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(
-                cached, new.swapaxes(1, 2)[:, :, None], column, axis=2
+                cached, new.swapaxes(1, 2), column * x.shape[1], axis=2
             )
             for cached, new in zip(cache[:2], self.self_attention.keys_values(normed), strict=True)
         )
         bias = self.relative_bias.to_keys(distances) if bias is None else bias
-        flat = (array.reshape(*array.shape[:2], -1, array.shape[-1]) for array in (keys, values))
-        x = x + self.self_attention.attend_cached(normed, *flat, bias, self_mask)
+        x = x + self.self_attention.attend_cached(normed, keys, values, bias, self_mask)
         memory = cache.cross_keys, cache.cross_values
         normed = self.cross_attention_norm(x)
         x = x + self.cross_attention.attend_cached(normed, *memory, None, cross_mask)
