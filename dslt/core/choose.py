@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from dslt.core.batch import PAD_ID
 
-
 BLOCK = 128  # entries that an argmax looks at together; T5's vocabularies are multiples of it
 
 
