@@ -37,6 +37,12 @@ class DecodingParams(NamedTuple):
     layers: list[dict]
 
 
+def prepare(params: dict, *, graphdef: nnx.GraphDef) -> DecodingParams:
+    """The parameters of the T5 of `graphdef` for `decode`'s functions."""
+    narrow = t5.narrow_matrices(params, nnx.merge(graphdef, params).config.dtype)
+    return DecodingParams(narrow, t5.unstack_layers(narrow))
+
+
 class ContinuousDecoder:
     """Keeps the compiled programs of one model on one mesh."""
 
@@ -45,7 +51,7 @@ class ContinuousDecoder:
         self.mesh = mesh
         self.multiple = sharding.row_multiple(mesh)
         self.rows = _round_up(rows, self.multiple)
-        self._unstack = jax.jit(t5.unstack_layers)
+        self._prepare = jax.jit(prepare, static_argnames="graphdef")
         self._encode = jax.jit(decode.encode_sources, static_argnames="graphdef")
         self._start = jax.jit(
             decode.start, static_argnames=("config", "cache_length", "max_length")
@@ -61,8 +67,8 @@ class ContinuousDecoder:
         self._graphdef = graphdef
 
     def prepare(self, params: dict) -> DecodingParams:
-        """Done once for all inputs: a slice of a stacked array at every call would be a copy."""
-        return DecodingParams(params, self._unstack(params))
+        """Done once for all inputs: a slice or a rounding at every call would be a copy."""
+        return self._prepare(params, graphdef=self._graphdef)
 
     def __call__(
         self,

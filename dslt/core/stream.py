@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dslt.core import decode, t5
+from dslt.core import decode
 from dslt.core.answers import score_answers
 from dslt.core.batch import EOS_ID
-from dslt.core.continuous import before_eos, pad_answers, pad_rows
+from dslt.core.continuous import before_eos, pad_answers, pad_rows, prepare
 from dslt.core.decode import DecodeConfig, Slots, Sources
 
 GROWTH = 8  # of a size to the next: fewer sizes, fewer programs to compile and more padding
@@ -31,8 +31,7 @@ class StreamPrograms:
     """The programs of one model on one device, shared by its streams."""
 
     def __init__(self, graphdef: nnx.GraphDef, params: dict):
-        self._params = params
-        self._layers = jax.jit(t5.unstack_layers)(params)
+        self._params, self._layers = jax.jit(functools.partial(prepare, graphdef=graphdef))(params)
         self._graphdef = graphdef
         self._encode = jax.jit(decode.encode_sources, static_argnames="graphdef")
         self._run = jax.jit(_run, static_argnames="graphdef", donate_argnames="slots")

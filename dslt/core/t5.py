@@ -480,6 +480,19 @@ def count_params(params: dict) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def narrow_matrices(params: dict, dtype: str) -> dict:
+    """The parameters with what products take in `dtype`: the model computes the same with them.
+
+    Norms' scales and the tables of biases stay as they are, since they are used in float32.
+    """
+    wide = {"scale", "relative_bias"}
+
+    def narrow(path, leaf):
+        return leaf if wide & {part.key for part in path} else leaf.astype(dtype)
+
+    return jax.tree.map_with_path(narrow, params)
+
+
 def unstack_layers(params: dict) -> list[dict]:
     """The decoder's parameters layer by layer, as decoding takes them."""
     stacked = params["decoder"]["layers"]

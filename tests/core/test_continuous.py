@@ -1,12 +1,14 @@
 """Continuous refilling gives each input what a batch of all of them gives, and each once."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from dslt.core import continuous, sharding
+from dslt.core import continuous, sharding, t5
 from dslt.core.answers import score_answers
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.core.continuous import ContinuousDecoder, kept_length, pad_answers, pad_rows
@@ -106,6 +108,22 @@ def test_slots_over_several_devices_decode_the_same(golden_t5, inputs):
     )
     expected = in_one_batch(golden_t5, inputs)
     assert found == [expected[i] for i in short] and len(found) > 8
+
+
+def test_a_bfloat16_model_decodes_the_same_from_rounded_matrices(golden_t5, inputs):
+    config = nnx.merge(*golden_t5).config
+    graphdef, _ = t5.abstract_params(dataclasses.replace(config, dtype="bfloat16"))
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    decoder = ContinuousDecoder(graphdef, mesh, rows=4)
+    params = decoder.prepare(golden_t5[1])
+    assert params.params["token_embedding"].dtype == "bfloat16"
+    for tree in (params.params["decoder"], params.layers[0]):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            names = {part.key for part in path}
+            is_wide = "scale" in names or "relative_bias" in names
+            assert leaf.dtype == ("float32" if is_wide else "bfloat16"), path
+    found = decoder(params, inputs, config=GREEDY, max_length=MAX_LENGTH)
+    assert found == in_one_batch((graphdef, golden_t5[1]), inputs)
 
 
 def test_an_empty_input_decodes_to_nothing(inputs, decoder):
