@@ -60,8 +60,9 @@ def decode_flops(config: T5Config, source_tokens: float, target_tokens: float) -
 def traced_flops(jaxpr: jax.extend.core.Jaxpr) -> float:
     """FLOPs of all matrix products in a traced program, over all devices.
 
-    Loops count by their length (a `while_loop`, which has none, counts once), kernels by their grid
-    and both branches of a condition. XLA's own `cost_analysis` counts the body of a loop once.
+    Loops count by their length (a `while_loop`, which has none, counts once), kernels by their
+    grid, a condition as the dearest of its branches. XLA's own `cost_analysis` counts the body of a
+    loop once.
 
     Args:
       jaxpr: `jitted.trace(...).jaxpr.jaxpr`.
@@ -76,7 +77,8 @@ def traced_flops(jaxpr: jax.extend.core.Jaxpr) -> float:
             times = equation.params["length"]
         elif equation.primitive.name == "pallas_call":
             times = math.prod(equation.params["grid_mapping"].grid)
-        total += times * sum(traced_flops(inner) for inner in _inner_jaxprs(equation))
+        combine = max if equation.primitive.name == "cond" else sum
+        total += times * combine(traced_flops(inner) for inner in _inner_jaxprs(equation))
     return total
 
 

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dslt.core import products
 from dslt.core.flops import decode_flops, traced_flops, train_step_flops
 from dslt.core.t5 import T5Config, abstract_params, count_params
 
@@ -58,6 +59,21 @@ def test_traced_flops_are_xlas_own_where_nothing_loops():
     shapes = (2, 8, 3, 4), (2, 16, 3, 4)
     compiled = jax.jit(function).lower(*(jnp.ones(shape) for shape in shapes)).compile()
     assert traced(function, *shapes) == compiled.cost_analysis()["flops"] == 2 * 2 * 3 * 8 * 16 * 4
+
+
+def test_a_condition_counts_as_its_dearest_branch():
+    """So does a product that is asked for otherwise on a CPU than elsewhere."""
+
+    def function(a, b):
+        return jax.lax.cond(a.sum() > 0, lambda: (a @ b) @ b, lambda: a @ b)
+
+    product = 2 * 4 * 8 * 8
+    assert traced(function, (4, 8), (8, 8)) == 2 * product
+
+    def narrow(a, b):
+        return products.einsum("td,dv->tv", a.astype("bfloat16"), b.astype("bfloat16"), "bfloat16")
+
+    assert traced(narrow, (4, 8), (8, 8)) == product
 
 
 def test_decoding_is_a_forward():
