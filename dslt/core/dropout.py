@@ -1,5 +1,7 @@
 """Dropout whose bits are a hash of an entry's index, so that any program can draw the same ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -12,13 +14,23 @@ def dropout(x, rate: float, key):
     """
     if key is None or rate == 0.0:
         return x
+    return _dropped(x, rate, jax.random.key_data(key))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _dropped(x, rate: float, words):
+    """Drawn again on the way back: nothing of x's shape is kept for it."""
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         position = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         index = index * jnp.uint32(size) + position
-    return jnp.where(is_kept(index, rate, *jax.random.key_data(key)), x / (1.0 - rate), 0.0).astype(
-        x.dtype
-    )
+    return jnp.where(is_kept(index, rate, *words), x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+_dropped.defvjp(
+    lambda x, rate, words: (_dropped(x, rate, words), words),
+    lambda rate, words, d_out: (_dropped(d_out, rate, words), None),
+)
 
 
 def is_kept(index, rate: float, first, second):

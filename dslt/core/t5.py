@@ -131,9 +131,36 @@ class LayerNorm(nnx.Module):
 
     @jax.named_scope("norm")
     def __call__(self, x):
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
-        return (normed * self.scale[...]).astype(x.dtype)
+        return _rms_norm(x, self.scale[...], self.epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x, scale, epsilon: float):
+    """x / √(mean x² + ε) ⊙ scale over the last axis, in float32, to the dtype of x.
+
+    Its gradient is written out, so that a scan keeps x as it is given and a number a token, and no
+    float32 array of its shape.
+    """
+    return _rms_norm_forward(x, scale, epsilon)[0]
+
+
+def _rms_norm_forward(x, scale, epsilon):
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
+    return (wide * inverse * scale).astype(x.dtype), (x, inverse, scale)
+
+
+def _rms_norm_backward(epsilon, saved, d_out):
+    x, inverse, scale = saved
+    normed = x.astype(jnp.float32) * inverse
+    d_out = d_out.astype(jnp.float32)
+    d_scale = (d_out * normed).sum(tuple(range(x.ndim - 1)))
+    d_normed = d_out * scale
+    d_x = inverse * (d_normed - normed * (d_normed * normed).mean(-1, keepdims=True))
+    return d_x.astype(x.dtype), d_scale
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class RelativeBias(nnx.Module):

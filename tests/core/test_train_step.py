@@ -23,7 +23,7 @@ TINY = dict(
 )
 ROWS, SOURCE_LENGTH, TARGET_LENGTH = 4, 14, 12
 # A step compiles in 1 s instead of 6, and these programs run for milliseconds.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 LABEL_0 = ([3, 6, 7, 1], [11, 12, 1], ROLE_LABEL)
 RATIONALE_0 = ([4, 6, 7, 1], [13, 14, 15, 16, 11, 1], ROLE_RATIONALE)
