@@ -1,11 +1,11 @@
 """Attention by implementation, over queries, keys and values that are projected already.
 
-    plain   everywhere: scores [B, H, Q, N] in memory, softmax in float32
-    flash   TPUs: a Pallas kernel without them (flash_attention.py); the same numbers, dropout too
-    cudnn   NVIDIA GPUs: cuDNN's fused attention; the same numbers, without dropout of the weights.
-            Not run on a GPU yet: its numbers are tested through XLA's form of the same function.
+    plain      everywhere: scores [B, H, Q, N] in memory, softmax in float32
+    flash      TPUs: Pallas kernels without them (flash_attention.py); the same numbers, dropout too
+    flash_gpu  NVIDIA GPUs: the same
+    cudnn      NVIDIA GPUs: cuDNN's fused attention; the same numbers, without dropout of the weights
 
-The relative-position bias comes from t5.py by distance, [H, Q + N - 1]; `flash` takes it so, the
+The relative-position bias comes from t5.py by distance, [H, Q + N - 1]; the kernels take it so, the
 others take it expanded (`bias_form`), once for all layers that share it. Letters as in t5.py.
 """
 
@@ -20,7 +20,8 @@ from dslt.core.flash_attention import flash_attention
 from dslt.core.products import einsum
 from dslt.errors import InputError
 
-IMPLEMENTATIONS = ("plain", "flash", "cudnn")
+IMPLEMENTATIONS = ("plain", "flash", "flash_gpu", "cudnn")
+FLASH_PLATFORMS = {"flash": "tpu", "flash_gpu": "gpu"}
 MASKED = -1e9  # finite, so that a row of padding has a softmax too
 
 
@@ -63,7 +64,7 @@ def attend(
     Returns:
       [B, Q, H, K].
     """
-    if implementation == "flash":
+    if implementation in FLASH_PLATFORMS:
         return flash_attention(
             queries,
             keys,
@@ -74,6 +75,7 @@ def attend(
             is_causal=mask.is_causal,
             dropout_rate=dropout_rate,
             dropout_key=dropout_key,
+            platform=FLASH_PLATFORMS[implementation],
         )
     if implementation == "cudnn":
         return fused_attention(queries, keys, values, bias, mask.expand())
@@ -167,7 +169,7 @@ def fused_attention(queries, keys, values, bias, mask, implementation: str = "cu
 
 def bias_form(implementation: str, bias, num_queries: int):
     """A bias by distance [H, Q + N - 1] in the form that `attend` takes."""
-    return bias if implementation == "flash" else expand_bias(bias, num_queries)
+    return bias if implementation in FLASH_PLATFORMS else expand_bias(bias, num_queries)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -207,6 +209,11 @@ def check_settings(implementation: str, dtype: str, head_dim: int, dropout_rate:
         raise InputError(
             f"T5Config.attention is {implementation!r}; expected one of {IMPLEMENTATIONS}"
         )
+    if implementation == "flash_gpu" and head_dim not in (16, 32, 64, 128):
+        raise InputError(
+            f"T5Config.attention is 'flash_gpu' and T5Config.d_kv {head_dim}; its kernels take 16, "
+            "32, 64 or 128: set T5Config.attention = 'plain'"
+        )
     if implementation != "cudnn":
         return
     if dropout_rate > 0:
@@ -229,7 +236,8 @@ def check_settings(implementation: str, dtype: str, head_dim: int, dropout_rate:
 
 def runs_on(implementation: str, platform: str) -> bool:
     """Whether devices of this platform (`cpu`, `gpu`, `tpu`) are what it is for."""
-    return {"flash": "tpu", "cudnn": "gpu"}.get(implementation, platform) == platform
+    homes = FLASH_PLATFORMS | {"cudnn": "gpu"}
+    return homes.get(implementation, platform) == platform
 
 
 def check_platform(implementation: str, platform: str) -> None:
@@ -237,5 +245,6 @@ def check_platform(implementation: str, platform: str) -> None:
     if not runs_on(implementation, platform):
         raise InputError(
             f"T5Config.attention is {implementation!r} and the devices are of platform "
-            f"{platform!r}; 'flash' is for TPUs, 'cudnn' for GPUs, and 'plain' runs everywhere"
+            f"{platform!r}; 'flash' is for TPUs, 'flash_gpu' and 'cudnn' are for GPUs, and 'plain' "
+            "runs everywhere"
         )

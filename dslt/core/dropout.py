@@ -38,17 +38,14 @@ def is_kept(index, rate: float, first, second):
 
     `jax.random.bits` spends a threefry block on each entry, which on a CPU is most of a train step;
     a mask needs less. As there, the bits depend on key and position alone, not on the sharding.
+    Products carry bits upwards and shifts bring them down; what is compared are the upper ones.
 
     Args:
       first, second: the key's two words, uint32.
 
-    Source: the finaliser of MurmurHash3 (Appleby, public domain), twice.
+    Source: the multipliers are those of xxHash32 (Collet, BSD licence).
     """
-    bits = _mix(_mix(index ^ first) + second)
+    bits = (index ^ first) * jnp.uint32(0x9E3779B1)
+    bits = ((bits ^ (bits >> 15)) + second) * jnp.uint32(0x85EBCA77)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE3D)
     return bits >= jnp.uint32(round(rate * 2**32))
-
-
-def _mix(x):
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

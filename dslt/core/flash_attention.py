@@ -1,69 +1,42 @@
-"""Attention that never writes its scores to memory: a Pallas kernel for TPUs, forward and backward.
+"""Attention that never writes its scores to memory: Pallas kernels, forward and backward.
 
-Scores [B, H, Q, N] and T5's relative-position bias [H, Q, N] exist one block at a time in VMEM, the
-chip's scratch memory; HBM holds what is linear in the lengths. Dropout draws the bits of
-`dropout.dropout`, so the numbers are those of `attention.plain_attention` up to float rounding.
-Elsewhere than on TPUs the same kernel is interpreted by Pallas: exact and slow, for tests.
+Scores [B, H, Q, N] and T5's relative-position bias [H, Q, N] exist one block at a time on the chip;
+HBM holds what is linear in the lengths. Dropout draws the bits of `dropout.dropout`, so the numbers
+are those of `attention.plain_attention` up to float rounding. The kernels of TPUs are in
+flash_tpu.py, those of NVIDIA GPUs in flash_gpu.py; elsewhere both are interpreted by Pallas: exact
+and slow, for tests.
 
-Letters, as in t5.py: B rows, H heads, K head dimension, Q queries, N keys (both padded to whole
-blocks here). A block is [keys, queries], n by q: features or keys run along sublanes and positions
-along the 128 lanes, so that a head dimension of 64 wastes no lane and statistics of a query are
-rows.
+Letters, as in t5.py: B rows, H heads, K head dimension, Q queries, N keys; the kernels see whole
+blocks of them.
 
-Forward, for each head, row and block of queries. In VMEM: queries [K, q], this head's keys and
-values [K, N], biases by distance [1, Q+N]. Over the blocks of keys that share a segment:
+Forward, for each head, row and block of queries, over the blocks of keys that share a segment:
 
-    s = keysᵀ·queries + bias       [n, q]; masked entries at -1e30
+    s = queries·keysᵀ + bias       masked entries at -1e30
     m' = max(m, max s)             running maximum of each query
     p = exp(s - m')                l' = l·exp(m-m') + Σ p
-    a' = a·exp(m-m') + values·(p ⊙ drop)           [K, q]
+    a' = a·exp(m-m') + (p ⊙ drop)·values
 
 and at the end out = a / l, and lse = m + log l, all that the backward pass needs of the scores.
 
-Backward, for each head, row and block of keys. In VMEM: keys and values [K, n], this head's queries
-and output gradients [K, Q], query gradients [K, Q] float32. Over the blocks of queries:
+Backward, for each pair of blocks:
 
-    p = exp(s - lse)               dp = (valuesᵀ·dout) ⊙ drop
+    p = exp(s - lse)               dp = (dout·valuesᵀ) ⊙ drop
     ds = p ⊙ (dp - δ)              δ = Σ dout ⊙ out, a number a query
-    dvalues += dout·(p ⊙ drop)ᵀ    dkeys += queries·dsᵀ    dqueries += keys·ds
+    dvalues += (p ⊙ drop)ᵀ·dout    dkeys += dsᵀ·queries    dqueries += ds·keys
     dbias[distance] += Σ ds along its diagonal
-
-A block of the bias is constant along diagonals, so it is made of n + q of the biases by distance in
-log2(n) doublings, and its gradient is summed in as many halvings. (`pltpu.roll` with a stride makes
-the block in one operation; Mosaic has no negative stride for the gradient, so both are done alike.)
 
 Source: Dao et al. 2022 (arXiv 2205.14135); Dao 2023 (arXiv 2307.08691) for δ and lse.
 """
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from dslt.core.dropout import is_kept
-
-LANES = 128
-MAX_BLOCK = 256
-MASKED = -1e30
-LOWEST = -1e20  # a running maximum starts here, above MASKED: exp(MASKED - LOWEST) is 0
-NOBODY = -1  # the segment of a padded key, which no query has
-
-
-class _Static(NamedTuple):
-    """What a kernel is compiled for. Lengths are before padding, heads those of all shards."""
-
-    heads: int
-    num_queries: int
-    num_keys: int
-    block_queries: int
-    block_keys: int
-    is_causal: bool
-    dropout_rate: float
+from dslt.core import flash_gpu, flash_tpu
+from dslt.core.flash_blocks import NOBODY, Static, block_ranges
 
 
 def flash_attention(
@@ -77,6 +50,7 @@ def flash_attention(
     is_causal: bool = False,
     dropout_rate: float = 0.0,
     dropout_key=None,
+    platform: str = "tpu",
     block: int | None = None,
 ):
     """softmax(queries·keysᵀ + bias)·values where segments are the same; scores are not scaled.
@@ -92,6 +66,7 @@ def flash_attention(
         order; where each is in one piece, blocks that share none are skipped.
       is_causal: a query sees keys up to its own position.
       dropout_key: None turns dropout off.
+      platform: whose kernels, `tpu` or `gpu`.
       block: queries and keys a block, a power of two; on a TPU a multiple of 128.
 
     Returns:
@@ -99,12 +74,13 @@ def flash_attention(
     """
     num_rows, num_queries, heads, _ = queries.shape
     num_keys = keys.shape[1]
-    static = _Static(
+    kernels = {"tpu": flash_tpu, "gpu": flash_gpu}[platform]
+    static = Static(
         heads,
         num_queries,
         num_keys,
-        block or _block_size(num_queries),
-        block or _block_size(num_keys),
+        block or kernels.block_size(num_queries),
+        block or kernels.block_size(num_keys),
         is_causal,
         0.0 if dropout_key is None else dropout_rate,
     )
@@ -113,13 +89,13 @@ def flash_attention(
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _attend_shard(static, (), (), *arrays)
+        return _attend_shard(kernels.attention, static, (), (), *arrays)
     row_axes = _axes_that_divide(mesh, ("data", "fsdp"), num_rows)
     head_axes = _axes_that_divide(mesh, ("tensor",), heads)
     rows, rows_and_heads = PartitionSpec(row_axes), PartitionSpec(row_axes, None, head_axes)
     by_head = None if bias is None else PartitionSpec(head_axes)
     return jax.shard_map(
-        functools.partial(_attend_shard, static, row_axes, head_axes),
+        functools.partial(_attend_shard, kernels.attention, static, row_axes, head_axes),
         in_specs=(rows_and_heads,) * 3 + (by_head, rows, rows, PartitionSpec()),
         out_specs=rows_and_heads,
         check_vma=False,  # a pallas_call does not say over which axes its results vary
@@ -131,13 +107,10 @@ def _axes_that_divide(mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]
     return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
-def _block_size(length: int) -> int:
-    return MAX_BLOCK if length > LANES else LANES
-
-
 def _attend_shard(
-    static, row_axes, head_axes, queries, keys, values, bias, query_segments, key_segments, words
-):
+    attention, static, row_axes, head_axes, queries, keys, values, bias, query_segments,
+    key_segments, words,
+):  # fmt: skip
     """One device's rows and heads; arguments and result as `flash_attention`'s."""
     num_rows, num_queries, heads, _ = queries.shape
     first_row = jax.lax.axis_index(row_axes) * num_rows if row_axes else 0
@@ -147,310 +120,17 @@ def _attend_shard(
     missing_queries = -num_queries % static.block_queries
     missing_keys = -keys.shape[1] % static.block_keys
 
-    def to_positions_last(x, missing):  # [B, N, H, K] -> [B, H, K, N]
-        return jnp.pad(x.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), (0, missing)))
-
-    if (
-        bias is not None
-    ):  # by query minus key position + N - 1, and one more to be even: [H, 1, Q+N]
-        bias = jnp.pad(bias[:, ::-1], ((0, 0), (missing_keys, missing_queries + 1)))[:, None]
+    if bias is not None:
+        bias = jnp.pad(bias, ((0, 0), (missing_queries, missing_keys)))
     query_segments = jnp.pad(query_segments, ((0, 0), (0, missing_queries)))
     key_segments = jnp.pad(key_segments, ((0, 0), (0, missing_keys)))
-    out = _attention(
+    return attention(
         static,
-        to_positions_last(queries, missing_queries),
-        to_positions_last(keys, missing_keys),
-        to_positions_last(values, missing_keys),
+        queries,
+        keys,
+        values,
         bias,
-        query_segments[:, None],
-        jnp.where(key_segments == 0, NOBODY, key_segments)[:, None],
-        _block_ranges(static, query_segments, key_segments),
+        (query_segments, jnp.where(key_segments == 0, NOBODY, key_segments)),
+        block_ranges(static, query_segments, key_segments),
         jnp.concatenate([words, offsets]),
     )
-    return out[..., :num_queries].transpose(0, 3, 1, 2)
-
-
-def _block_ranges(static: _Static, query_segments, key_segments):
-    """Which blocks meet: for each block of queries its first and last+1 block of keys, and back.
-
-    Returns:
-      A pair of [2, B * blocks] int32: of queries, of keys.
-    """
-
-    def bounds(segments, block):  # the lowest and highest segment of each block, padding apart
-        blocks = segments.reshape(segments.shape[0], -1, block)
-        lowest = jnp.where(blocks == 0, jnp.iinfo(jnp.int32).max, blocks).min(-1)
-        return lowest, blocks.max(-1)
-
-    query_low, query_high = (x[:, :, None] for x in bounds(query_segments, static.block_queries))
-    key_low, key_high = (x[:, None] for x in bounds(key_segments, static.block_keys))
-    meet = (query_low <= key_high) & (key_low <= query_high)  # [B, blocks of queries, of keys]
-    if static.is_causal:
-        last_query = (jnp.arange(meet.shape[1]) + 1) * static.block_queries - 1
-        meet &= jnp.arange(meet.shape[2]) * static.block_keys <= last_query[:, None]
-
-    def span(meet):
-        after_last = meet.shape[-1] - meet[..., ::-1].argmax(-1)
-        ends = jnp.where(meet.any(-1), jnp.stack([meet.argmax(-1), after_last]), 0)
-        return ends.reshape(2, -1).astype(jnp.int32)
-
-    return span(meet), span(meet.swapaxes(1, 2))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, queries, keys, values, bias, query_segments, key_segments, ranges, words):
-    """[B, H, K, Q] over [B, H, K, N]; bias [H, 1, Q+N]; segments [B, 1, Q] and [B, 1, N]."""
-    return _forward(
-        static, queries, keys, values, bias, query_segments, key_segments, ranges, words
-    )[0]
-
-
-def _forward(static, queries, keys, values, bias, query_segments, key_segments, ranges, words):
-    """The result and what the backward pass keeps: the arguments, the result and lse."""
-    num_rows, heads, head_dim, num_queries = queries.shape
-    num_keys = keys.shape[3]
-    block = static.block_queries
-    a_block = pl.BlockSpec((1, 1, head_dim, block), lambda h, b, i, *_: (b, h, 0, i))
-    whole = pl.BlockSpec((1, 1, head_dim, num_keys), lambda h, b, i, *_: (b, h, 0, 0))
-    out, lse = _call(
-        functools.partial(_forward_kernel, static),
-        (ranges[0], words),
-        (queries, keys, values, bias, query_segments, key_segments),
-        grid=(heads, num_rows, num_queries // block),
-        in_specs=[
-            a_block,
-            whole,
-            whole,
-            _bias_spec(bias),
-            pl.BlockSpec((1, 1, block), lambda h, b, i, *_: (b, 0, i)),
-            pl.BlockSpec((1, 1, num_keys), lambda h, b, i, *_: (b, 0, 0)),
-        ],
-        out_specs=[
-            a_block,
-            pl.BlockSpec((1, 1, 1, block), lambda h, b, i, *_: (b, h, 0, i)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct(queries.shape, values.dtype),
-            jax.ShapeDtypeStruct((num_rows, heads, 1, num_queries), jnp.float32),
-        ],
-        semantics=("parallel", "parallel", "arbitrary"),
-    )
-    arrays = queries, keys, values, bias, query_segments, key_segments
-    return out, (arrays, ranges, words, out, lse)
-
-
-def _backward(static, residuals, d_out):
-    (queries, keys, values, bias, query_segments, key_segments), ranges, words, out, lse = residuals
-    num_rows, heads, head_dim, num_queries = queries.shape
-    num_keys = keys.shape[3]
-    block = static.block_keys
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(2, keepdims=True)
-    whole = pl.BlockSpec((1, 1, head_dim, num_queries), lambda h, b, j, *_: (b, h, 0, 0))
-    row = pl.BlockSpec((1, 1, 1, num_queries), lambda h, b, j, *_: (b, h, 0, 0))
-    a_block = pl.BlockSpec((1, 1, head_dim, block), lambda h, b, j, *_: (b, h, 0, j))
-    d_queries, d_keys, d_values, d_bias = _call(
-        functools.partial(_backward_kernel, static),
-        (ranges[1], words),
-        (queries, keys, values, bias, query_segments, key_segments, d_out, lse, delta),
-        grid=(heads, num_rows, num_keys // block),
-        in_specs=[
-            whole,
-            a_block,
-            a_block,
-            _bias_spec(bias),
-            pl.BlockSpec((1, 1, num_queries), lambda h, b, j, *_: (b, 0, 0)),
-            pl.BlockSpec((1, 1, block), lambda h, b, j, *_: (b, 0, j)),
-            whole,
-            row,
-            row,
-        ],
-        out_specs=[whole, a_block, a_block, _bias_spec(bias)],
-        out_shape=[
-            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
-            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
-            jax.ShapeDtypeStruct(values.shape, values.dtype),
-            None if bias is None else jax.ShapeDtypeStruct(bias.shape, jnp.float32),
-        ],
-        scratch_shapes=[pltpu.VMEM((head_dim, num_queries), jnp.float32)],
-        semantics=("parallel", "arbitrary", "arbitrary"),  # rows add to one gradient of the bias
-    )
-    return d_queries, d_keys, d_values, d_bias, None, None, None, None
-
-
-_attention.defvjp(_forward, _backward)
-
-
-def _bias_spec(bias):
-    """A head's biases; None where there are none, as in a tree of arrays."""
-    return bias if bias is None else pl.BlockSpec((1, 1, bias.shape[2]), lambda h, *_: (h, 0, 0))
-
-
-def _call(
-    kernel, scalars, arrays, *, grid, in_specs, out_specs, out_shape, semantics, scratch_shapes=()
-):
-    """Runs a kernel compiled on a TPU, and interpreted elsewhere."""
-
-    def run(*arguments, interpret):
-        return pl.pallas_call(
-            kernel,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(scalars),
-                grid=grid,
-                in_specs=in_specs,
-                out_specs=out_specs,
-                scratch_shapes=scratch_shapes,
-            ),
-            out_shape=out_shape,
-            compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
-            interpret=interpret,
-        )(*arguments)
-
-    return jax.lax.platform_dependent(
-        *scalars,
-        *arrays,
-        tpu=functools.partial(run, interpret=False),
-        default=functools.partial(run, interpret=True),
-    )
-
-
-def _forward_kernel(
-    static, ranges, words, queries, keys, values, bias, query_segments, key_segments, out, lse
-):
-    head, row, i = (pl.program_id(axis) for axis in range(3))
-    head_dim, block_queries = queries.shape[2:]
-
-    def visit(j, carry):
-        top, total, mixed = carry
-        span = _span(j, static.block_keys)
-        s = _scores(
-            static, i, j, queries[0, 0], keys[0, 0, :, span], bias,
-            query_segments[0], key_segments[0, :, span],
-        )  # fmt: skip
-        new_top = jnp.maximum(top, s.max(0, keepdims=True))
-        p, shrink = jnp.exp(s - new_top), jnp.exp(top - new_top)
-        total = total * shrink + p.sum(0, keepdims=True)
-        if static.dropout_rate:
-            p = p * _drop(static, words, head, row, i, j)
-        v = values[0, 0, :, span]
-        return new_top, total, mixed * shrink + _dot(v, p.astype(v.dtype), 1, 0)
-
-    start = (
-        jnp.full((1, block_queries), LOWEST, jnp.float32),
-        jnp.zeros((1, block_queries), jnp.float32),
-        jnp.zeros((head_dim, block_queries), jnp.float32),
-    )
-    at = row * pl.num_programs(2) + i
-    top, total, mixed = jax.lax.fori_loop(ranges[0, at], ranges[1, at], visit, start)
-    total = jnp.where(total == 0.0, 1.0, total)  # padding: exp(MASKED - lse) must be 0 there too
-    out[0, 0] = (mixed / total).astype(out.dtype)
-    lse[0, 0] = top + jnp.log(total)
-
-
-def _backward_kernel(
-    static, ranges, words, queries, keys, values, bias, query_segments, key_segments, d_out, lse,
-    delta, d_queries, d_keys, d_values, d_bias, d_queries_sum,
-):  # fmt: skip
-    head, row, j = (pl.program_id(axis) for axis in range(3))
-    k, v = keys[0, 0], values[0, 0]
-
-    @pl.when(j == 0)
-    def _():
-        d_queries_sum[...] = jnp.zeros_like(d_queries_sum)
-
-    if bias is not None:
-
-        @pl.when((row == 0) & (j == 0))
-        def _():
-            d_bias[...] = jnp.zeros_like(d_bias)
-
-    def visit(i, carry):
-        d_k, d_v = carry
-        span = _span(i, static.block_queries)
-        q, d_o = queries[0, 0, :, span], d_out[0, 0, :, span]
-        s = _scores(static, i, j, q, k, bias, query_segments[0, :, span], key_segments[0])
-        p, d_p = jnp.exp(s - lse[0, 0, :, span]), _dot(v, d_o, 0, 0)
-        dropped = p
-        if static.dropout_rate:
-            drop = _drop(static, words, head, row, i, j)
-            dropped, d_p = p * drop, d_p * drop
-        d_s = p * (d_p - delta[0, 0, :, span])
-        if bias is not None:
-            span_of_bias = _span_of_bias(static, i, j, bias)
-            d_bias[0, :, span_of_bias] += _sum_diagonals(d_s)
-        d_s = d_s.astype(q.dtype)
-        d_queries_sum[:, span] += _dot(k, d_s, 1, 0)
-        return d_k + _dot(q, d_s, 1, 1), d_v + _dot(d_o, dropped.astype(d_o.dtype), 1, 1)
-
-    at = row * pl.num_programs(2) + j
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    d_k, d_v = jax.lax.fori_loop(ranges[0, at], ranges[1, at], visit, (zeros, zeros))
-    d_keys[0, 0] = d_k.astype(d_keys.dtype)
-    d_values[0, 0] = d_v.astype(d_values.dtype)
-
-    @pl.when(j == pl.num_programs(2) - 1)
-    def _():
-        d_queries[0, 0] = d_queries_sum[...].astype(d_queries.dtype)
-
-
-def _scores(static, i, j, queries, keys, bias, query_segments, key_segments):
-    """Masked scores [n, q] of queries [K, q] and keys [K, n], the i-th and the j-th block."""
-    s = _dot(keys, queries, 0, 0)
-    if bias is not None:
-        s = s + _expand_diagonals(bias[0, :, _span_of_bias(static, i, j, bias)], *s.shape)
-    is_seen = key_segments.reshape(-1, 1) == query_segments
-    if static.is_causal:
-        key, query = (jax.lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (0, 1))
-        is_seen &= j * static.block_keys + key <= i * static.block_queries + query
-    return jnp.where(is_seen, s, MASKED)
-
-
-def _drop(static, words, head, row, i, j):
-    """What dropout multiplies a block with: 0 or 1 / (1 - rate), [n, q] float32.
-
-    An entry's index is its place in [B, H, Q, N] of all shards, before padding.
-    """
-    shape = static.block_keys, static.block_queries
-    key, query = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
-    row, head = row.astype(jnp.uint32) + words[2], head.astype(jnp.uint32) + words[3]
-    first_query = (i * static.block_queries).astype(jnp.uint32)
-    first_key = (j * static.block_keys).astype(jnp.uint32)
-    num_queries, num_keys = jnp.uint32(static.num_queries), jnp.uint32(static.num_keys)
-    first = ((row * jnp.uint32(static.heads) + head) * num_queries + first_query) * num_keys
-    index = (first + first_key) + query * num_keys + key
-    kept = is_kept(index, static.dropout_rate, words[0], words[1])
-    return jnp.where(kept, 1.0 / (1.0 - static.dropout_rate), 0.0)
-
-
-def _span_of_bias(static, i, j, bias):
-    """Where the n + q biases of a block lie: from those of its last key and its first query."""
-    num_keys = -(-static.num_keys // static.block_keys) * static.block_keys
-    start = i * static.block_queries - (j + 1) * static.block_keys + num_keys
-    alignment = math.gcd(static.block_queries, static.block_keys)
-    return pl.ds(pl.multiple_of(start, alignment), static.block_queries + static.block_keys)
-
-
-def _expand_diagonals(vector, num_keys: int, num_queries: int):
-    """[1, n + q] to [n, q]: the last row is the vector's start, each row above lies one later."""
-    block = vector
-    while block.shape[0] < num_keys:
-        above = pltpu.roll(block, vector.shape[1] - block.shape[0], 1)
-        block = jnp.concatenate([above, block])
-    return block[:, :num_queries]
-
-
-def _sum_diagonals(block):
-    """[n, q] to [1, n + q], the transpose of `_expand_diagonals`."""
-    block = jnp.concatenate([block, jnp.zeros((block.shape[0],) * 2, block.dtype)], axis=1)
-    while (half := block.shape[0] // 2) > 0:
-        block = pltpu.roll(block[:half], half, 1) + block[half:]
-    return block
-
-
-def _span(index, block: int):
-    return pl.ds(pl.multiple_of(index * block, block), block)
-
-
-def _dot(a, b, a_contracted: int, b_contracted: int):
-    """A product of matrices over these dimensions, summed in float32."""
-    dimensions = (((a_contracted,), (b_contracted,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

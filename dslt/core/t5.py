@@ -48,8 +48,8 @@ class T5Config:
       dtype: of activations, `float32` or `bfloat16`. float16 overflows in T5's feed-forward.
       remat: recompute each layer in the backward pass, for memory.
       scan_unroll: layers per iteration of the scan; more compiles longer and may run faster.
-      attention: `plain`, `flash` (TPUs) or `cudnn` (GPUs); see attention.py. Cached decoding is
-        always plain.
+      attention: `plain`, `flash` (TPUs), `flash_gpu` or `cudnn` (GPUs); see attention.py. Cached
+        decoding is always plain.
       attention_dropout_rate: of the softmax's weights; None is `dropout_rate`.
     """
 
@@ -246,6 +246,9 @@ class FeedForward(nnx.Module):
             self.wi = _normal(rngs, (d_model, d_ff), d_model**-0.5)
         self.wo = _normal(rngs, (d_ff, d_model), d_ff**-0.5)
         self.dropout_rate = config.dropout_rate
+        # Where no loop lies between a layer and its gradient, XLA would find that one computes what
+        # the other does, and keep it after all.
+        self.prevent_cse = config.scan_unroll >= max(config.num_layers, config.num_decoder_layers)
 
     @jax.named_scope("feed_forward")
     def __call__(self, x, dropout_key=None):
@@ -253,15 +256,15 @@ class FeedForward(nnx.Module):
             inputs = _project(x, self.wi_0), _project(x, self.wi_1)
         else:
             inputs = (_project(x, self.wi),)
-        hidden = _activate(self.dropout_rate, dropout_key, *inputs)
+        activate = jax.checkpoint(_activate, static_argnums=0, prevent_cse=self.prevent_cse)
+        hidden = activate(self.dropout_rate, dropout_key, *inputs)
         return _project(hidden, self.wo, is_split_last=True)
 
 
-@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
 def _activate(dropout_rate, dropout_key, gate, up=None):
     """`gelu(gate) ⊙ up`, or `relu(gate)` alone, then dropout: in float32, but saved as given.
 
-    Recomputed on the way back, so that a scan keeps two narrow arrays and nothing in between.
+    Recomputed on the way back, so that two narrow arrays are kept and nothing in between.
     """
     wide = gate.astype(jnp.float32)
     hidden = jax.nn.relu(wide) if up is None else jax.nn.gelu(wide, approximate=True) * up

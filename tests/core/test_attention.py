@@ -137,6 +137,7 @@ def test_a_segment_mask_by_hand():
             {"attention": "cudnn", "dropout_rate": 0.0, "dtype": "bfloat16", "d_kv": 20},
             "d_kv 20; cuDNN takes a multiple of 8",
         ),
+        ({"attention": "flash_gpu", "d_kv": 48}, "d_kv 48; its kernels take 16, 32, 64 or 128"),
         ({"attention_dropout_rate": 1.0}, "attention_dropout_rate is 1.0; expected 0 <= rate < 1"),
     ],
 )
@@ -154,7 +155,8 @@ def test_attention_weights_drop_at_their_own_rate():
 
 
 @pytest.mark.parametrize(
-    ("implementation", "home"), [("plain", None), ("flash", "tpu"), ("cudnn", "gpu")]
+    ("implementation", "home"),
+    [("plain", None), ("flash", "tpu"), ("flash_gpu", "gpu"), ("cudnn", "gpu")],
 )
 def test_devices_that_it_is_not_for_are_refused(implementation, home):
     for platform in ("cpu", "gpu", "tpu"):

@@ -1,5 +1,6 @@
 """The kernel against plain attention: interpreted on the CPU, and compiled for TPUs by libtpu."""
 
+import contextlib
 import functools
 import re
 
@@ -12,7 +13,8 @@ from jax.sharding import SingleDeviceSharding
 
 from dslt.core import attention, sharding, t5
 from dslt.core.batch import ROLE_LABEL, empty_batch, pad_rows
-from dslt.core.flash_attention import _block_ranges, _Static, flash_attention
+from dslt.core.flash_attention import flash_attention
+from dslt.core.flash_blocks import Static, block_ranges
 from dslt.core.sharding import MeshConfig, make_mesh
 from dslt.core.topology import compile_devices, parse_topology
 
@@ -59,11 +61,18 @@ def plain(queries, keys, values, bias, mask, rate, key):
     return attention.plain_attention(queries, keys, values, bias, mask.expand(), rate, key)
 
 
-def flash(queries, keys, values, bias, mask, rate, key, block=16):
-    return flash_attention(
-        queries, keys, values, bias, mask.query_segments, mask.key_segments,
-        is_causal=mask.is_causal, dropout_rate=rate, dropout_key=key, block=block,
-    )  # fmt: skip
+@pytest.fixture(params=["tpu", "gpu"])
+def flash(request):
+    """The kernels of either kind of device."""
+
+    def attend(queries, keys, values, bias, mask, rate, key, block=16):
+        return flash_attention(
+            queries, keys, values, bias, mask.query_segments, mask.key_segments,
+            is_causal=mask.is_causal, dropout_rate=rate, dropout_key=key, block=block,
+            platform=request.param,
+        )  # fmt: skip
+
+    return attend
 
 
 def result_and_gradients(attend, arrays, mask, rate=0.0):
@@ -89,7 +98,7 @@ def assert_near(found, expected, tolerance: float):
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("case", [SELF, CAUSAL, CROSS], ids=["self", "causal", "cross"])
-def test_numbers_are_those_of_plain_attention(case, rate):
+def test_numbers_are_those_of_plain_attention(flash, case, rate):
     """Forward and all gradients, over several blocks of uneven lengths; dropout to the bit."""
     arrays, mask = make_arrays(*case)
     expected = result_and_gradients(plain, arrays, mask, rate)
@@ -99,27 +108,27 @@ def test_numbers_are_those_of_plain_attention(case, rate):
 
 
 @pytest.mark.parametrize("block", [8, 64])
-def test_blocks_change_nothing(block):
+def test_blocks_change_nothing(flash, block):
     arrays, mask = make_arrays(*CAUSAL)
     expected = result_and_gradients(plain, arrays, mask, 0.3)
     found = result_and_gradients(functools.partial(flash, block=block), arrays, mask, 0.3)
     assert_near(found, expected, FLOAT32_SUMS)
 
 
-def test_segments_in_any_order():
+def test_segments_in_any_order(flash):
     arrays, mask = make_arrays(*SELF, order=[3, 1, 4, 2])
     expected = result_and_gradients(plain, arrays, mask)
     assert_near(result_and_gradients(flash, arrays, mask), expected, FLOAT32_SUMS)
 
 
 @pytest.mark.parametrize("case", [CAUSAL, CROSS], ids=["causal", "cross"])
-def test_bfloat16_is_near(case):
+def test_bfloat16_is_near(flash, case):
     arrays, mask = make_arrays(*case, dtype=jnp.bfloat16)
     expected = result_and_gradients(plain, arrays, mask, 0.3)
     assert_near(result_and_gradients(flash, arrays, mask, 0.3), expected, BFLOAT16_SUMS)
 
 
-def test_large_scores_do_not_overflow():
+def test_large_scores_do_not_overflow(flash):
     (queries, *others), mask = make_arrays(*SELF)
     arrays = (100 * queries, *others)
     expected = result_and_gradients(plain, arrays, mask)
@@ -128,7 +137,7 @@ def test_large_scores_do_not_overflow():
     assert_near(found, expected, 100 * FLOAT32_SUMS)
 
 
-def test_padding_gets_zeros_and_gives_nothing():
+def test_padding_gets_zeros_and_gives_nothing(flash):
     (queries, keys, values, bias, _), mask = make_arrays(*SELF)
     d_out = np.ones(queries.shape, np.float32)
     is_padding = mask.key_segments == 0
@@ -149,7 +158,7 @@ def test_padding_gets_zeros_and_gives_nothing():
         assert np.abs(array[~is_padding]).min() > 0
 
 
-def test_gradients_reach_only_the_past_and_the_own_segment():
+def test_gradients_reach_only_the_past_and_the_own_segment(flash):
     (queries, keys, values, bias, _), mask = make_arrays(*CAUSAL)
 
     def at(keys, values, position):
@@ -163,20 +172,20 @@ def test_gradients_reach_only_the_past_and_the_own_segment():
 
 
 def test_blocks_that_share_no_segment_are_skipped():
-    static = _Static(1, 24, 24, 8, 8, False, 0.0)
+    static = Static(1, 24, 24, 8, 8, False, 0.0)
     segments = np.repeat([1, 2, 3, 0], [10, 6, 4, 4])[None]  # blocks [1], [1, 2], [3, padding]
-    of_queries, of_keys = _block_ranges(static, segments, segments)
+    of_queries, of_keys = block_ranges(static, segments, segments)
     np.testing.assert_array_equal(of_queries, [[0, 0, 2], [2, 2, 3]])
     np.testing.assert_array_equal(of_keys, of_queries)
-    of_queries, of_keys = _block_ranges(static._replace(is_causal=True), segments, segments)
+    of_queries, of_keys = block_ranges(static._replace(is_causal=True), segments, segments)
     np.testing.assert_array_equal(of_queries, [[0, 0, 2], [1, 2, 3]])
     np.testing.assert_array_equal(of_keys, [[0, 1, 2], [2, 2, 3]])
-    of_queries, _ = _block_ranges(static, segments, np.zeros_like(segments))
+    of_queries, _ = block_ranges(static, segments, np.zeros_like(segments))
     np.testing.assert_array_equal(of_queries, np.zeros((2, 3)))
 
 
 @pytest.mark.parametrize("heads", [4, 3], ids=["heads_split", "heads_whole"])
-def test_a_mesh_changes_nothing(heads):
+def test_a_mesh_changes_nothing(flash, heads):
     """Dropout too: its bits belong to rows and heads of the whole batch."""
     arrays, mask = make_arrays(*CAUSAL, heads=heads)
     arrays = [x if x.shape[0] == heads else np.tile(x, (2, 1, 1, 1)) for x in arrays]
@@ -189,7 +198,7 @@ def test_a_mesh_changes_nothing(heads):
     assert_near(found, expected, FLOAT32_SUMS)
 
 
-TINY = dict(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_heads=2, num_layers=2)
+TINY = dict(vocab_size=40, d_model=16, d_kv=16, d_ff=24, num_heads=2, num_layers=2)
 
 
 def make_batch(rows: int, source_length: int = 14, target_length: int = 10):
@@ -212,8 +221,9 @@ def make_batch(rows: int, source_length: int = 14, target_length: int = 10):
     return pad_rows(batch, 8)
 
 
+@pytest.mark.parametrize("implementation", ["flash", "flash_gpu"])
 @pytest.mark.parametrize("bias_per_layer", [False, True], ids=["bias_shared", "bias_per_layer"])
-def test_a_train_step_is_that_of_plain_attention(bias_per_layer):
+def test_a_train_step_is_that_of_plain_attention(bias_per_layer, implementation):
     """On eight devices, with dropout and rematerialised layers, against one device."""
     fields = dict(num_decoder_layers=1, remat=True, relative_bias_per_layer=bias_per_layer)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -232,10 +242,50 @@ def test_a_train_step_is_that_of_plain_attention(bias_per_layer):
             params = jax.device_put(params, sharding.state_shardings(mesh, params))
         return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, batch))
 
-    expected, found = step("plain", None), step("flash", mesh)
+    expected, found = step("plain", None), step(implementation, mesh)
     assert_near(found, expected, FLOAT32_SUMS)
     for leaf in jax.tree.leaves(expected):
         assert np.abs(leaf).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("lengths", "is_causal"),
+    [((512, 512), False), ((136, 136), True), ((128, 264), False)],
+    ids=["self", "causal", "cross"],
+)
+def test_the_kernels_lower_for_a_gpu_that_is_not_there(lengths, is_causal, dtype, h100):
+    """To Triton's language: one kernel forward, two or three backward."""
+    num_queries, num_keys = lengths
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    inputs = [array((2, length, 6, 64)) for length in (num_queries, num_keys, num_keys)]
+    is_self = num_queries == num_keys
+    bias = array((6, num_queries + num_keys - 1), dtype=jnp.float32) if is_self else None
+    segments = [array((2, length), dtype=jnp.int32) for length in lengths]
+
+    def loss(inputs, bias, segments):
+        return flash_attention(
+            *inputs, bias, *segments, is_causal=is_causal, dropout_rate=0.1,
+            dropout_key=jax.random.key(0), platform="gpu",
+        ).sum()  # fmt: skip
+
+    with h100:
+        traced = jax.jit(jax.grad(loss, (0, 1) if is_self else 0)).trace(inputs, bias, segments)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = re.findall(r'name = "(_\w+_kernel)"', program)
+    expected = ["_forward_kernel", "_queries_kernel", "_keys_kernel", "_bias_kernel"]
+    assert kernels == expected[: 4 if is_self else 3]
+
+
+@pytest.fixture
+def h100():
+    """A mesh of one such GPU: later versions of JAX ask which one a kernel is for."""
+    kinds = [1] * 3, ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh(*kinds, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def tpu_devices(name: str):
