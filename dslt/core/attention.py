@@ -1,9 +1,9 @@
 """Attention by implementation, over queries, keys and values that are projected already.
 
     plain      everywhere: scores [B, H, Q, N] in memory, softmax in float32
-    flash      TPUs: Pallas kernels without them (flash_attention.py); the same numbers, dropout too
+    flash      TPUs: Pallas kernels without them (flash_attention.py); the same numbers and dropout
     flash_gpu  NVIDIA GPUs: the same
-    cudnn      NVIDIA GPUs: cuDNN's fused attention; the same numbers, without dropout of the weights
+    cudnn      NVIDIA GPUs: cuDNN's fused attention; the same numbers, no dropout of the weights
 
 The relative-position bias comes from t5.py by distance, [H, Q + N - 1]; the kernels take it so, the
 others take it expanded (`bias_form`), once for all layers that share it. Letters as in t5.py.

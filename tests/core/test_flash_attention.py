@@ -280,7 +280,7 @@ def test_the_kernels_lower_for_a_gpu_that_is_not_there(lengths, is_causal, dtype
 @pytest.fixture
 def h100():
     """A mesh of one such GPU: later versions of JAX ask which one a kernel is for."""
-    kinds = [1] * 3, ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
+    kinds = (1,) * 3, ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
     if not hasattr(jax.sharding, "AbstractDevice"):
         return contextlib.nullcontext()
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
