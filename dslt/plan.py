@@ -32,7 +32,7 @@ from dslt.train import TrainConfig, compile_step
 
 # Searches and trials compile with little effort, which is ten times as fast. The peak of memory was
 # up to 13 % from that of full effort; T5 Large on v5e:2x4 (128 rows of 1,024): 4.16 GiB for 3.67.
-QUICK = {"exec_time_optimization_effort": -1.0}
+QUICK = {"optimization_level": 9}  # XLA's O0
 MARGIN = 0.12  # of a chip's memory, that a search leaves free
 MOST_TRIALS = 6  # compilations to find the largest batch
 

@@ -83,6 +83,18 @@ def test_the_time_of_a_step_is_shared_out(batches):
     assert step.peak_bytes() > 3 * 4 * sum(x.size for x in jax.tree.leaves(step.params))
 
 
+def test_cuda_graphs_are_not_taken_for_a_few_operations(batches, monkeypatch):
+    """Their profile names a graph where it should name what is in it."""
+    step = StepBench(TrainConfig(), MODEL, OptimizerConfig(), ONE_DEVICE, batches[0])
+    name = next(name for name, scope in bench._scopes(step.compiled.as_text()).items() if scope)
+    monkeypatch.setattr(bench, "_operations", lambda path: [(name, 2), ("command_buffer_7", 3)])
+    assert where_time_goes(step.compiled, lambda: step.run(batches[0])) == []
+    monkeypatch.setattr(bench, "_operations", lambda path: [(name, 3), ("command_buffer_7", 2)])
+    assert [share for _, share in where_time_goes(step.compiled, lambda: step.run(batches[0]))] == [
+        1
+    ]
+
+
 def test_the_reference_takes_the_same_steps(batches, tmp_path):
     """Without dropout, losses agree over three updates: the weights move alike."""
     pytest.importorskip("torch", reason="the reference is PyTorch: pip install '.[parity]'")

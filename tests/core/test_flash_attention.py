@@ -346,7 +346,7 @@ def test_the_gradient_on_tpus_holds_no_scores():
             empty_batch(8, 384, 128),
         )
         lowered = jax.jit(jax.grad(loss)).lower(sharding.with_shardings(mesh, params), batch)
-        program = lowered.compile({"exec_time_optimization_effort": -1.0}).as_text()
+        program = lowered.compile({"optimization_level": 9}).as_text()
         return set(re.findall(r"\w+\[(?:\d+,)*(?:384|512),(?:384|512)\]", program))
 
     assert scores(attention="plain", attention_dropout_rate=0.0)

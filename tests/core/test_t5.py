@@ -181,6 +181,26 @@ def test_dropout_keeps_the_mean():
     assert dropped.mean() == pytest.approx(1.0, abs=0.01)  # 5 standard errors
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_the_norms_gradient_is_that_of_its_formula_and_keeps_its_input_alone(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x, d_out = (jnp.asarray(rng.normal(size=(4, 6, 16)), dtype) for _ in range(2))
+    scale = jnp.asarray(rng.normal(size=16), jnp.float32)
+
+    def formula(x, scale):
+        return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
+
+    wide = [array.astype(jnp.float32) for array in (x, d_out)]
+    expected, pull_back = jax.vjp(formula, wide[0], scale)
+    found, written_out = jax.vjp(lambda *inputs: t5._rms_norm(*inputs, 1e-6), x, scale)
+    assert found.dtype == dtype
+    pairs = zip((found, *written_out(d_out)), (expected, *pull_back(wide[1])), strict=True)
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
+    kept = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(written_out)}
+    assert kept == {(x.shape, x.dtype), ((4, 6, 1), scale.dtype), (scale.shape, scale.dtype)}
+
+
 def test_tied_output_uses_the_embedding_with_its_scale(build_batch):
     batch = build_batch([[FIRST]], 7, 4)
     tied = t5.T5Config(**SHAPE, tie_word_embeddings=True, scale_decoder_outputs=True)
