@@ -88,11 +88,10 @@ def test_cuda_graphs_are_not_taken_for_a_few_operations(batches, monkeypatch):
     step = StepBench(TrainConfig(), MODEL, OptimizerConfig(), ONE_DEVICE, batches[0])
     name = next(name for name, scope in bench._scopes(step.compiled.as_text()).items() if scope)
     monkeypatch.setattr(bench, "_operations", lambda path: [(name, 2), ("command_buffer_7", 3)])
-    assert where_time_goes(step.compiled, lambda: step.run(batches[0])) == []
+    assert where_time_goes(step.compiled, lambda: None) == []
     monkeypatch.setattr(bench, "_operations", lambda path: [(name, 3), ("command_buffer_7", 2)])
-    assert [share for _, share in where_time_goes(step.compiled, lambda: step.run(batches[0]))] == [
-        1
-    ]
+    ((_, share),) = where_time_goes(step.compiled, lambda: None)
+    assert share == 1
 
 
 def test_the_reference_takes_the_same_steps(batches, tmp_path):

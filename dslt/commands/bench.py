@@ -29,9 +29,8 @@ def add(commands) -> None:
 
 def bench(args) -> None:
     """Prints what was measured, a line a figure."""
-    if (
-        args.against
-    ):  # two libraries on one GPU: JAX would take three quarters of its memory at once
+    if args.against:
+        # Two libraries on one GPU: JAX would take three quarters of its memory at once.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 

@@ -67,7 +67,8 @@ def flash_attention(
       is_causal: a query sees keys up to its own position.
       dropout_key: None turns dropout off.
       platform: whose kernels, `tpu` or `gpu`.
-      block: queries and keys a block, a power of two; on a TPU a multiple of 128.
+      block: queries and keys a block, a power of two; compiled, a multiple of 128 on TPUs and of 16
+        on GPUs.
 
     Returns:
       [B, Q, H, K] of the type of `values`.

@@ -1,7 +1,7 @@
 """`flash_attention` on NVIDIA GPUs: Pallas kernels that Triton compiles.
 
-A program has a block of queries, or of keys, in registers and walks over the blocks of the other
-side that share a segment with it. Its arrays are those of the model, [B, N, H, K], in HBM: loads
+A program has a block of queries, or of keys, and walks over the blocks of the other side that share
+a segment with it. Its arrays are those of the model, [B, N, H, K], in HBM: loads
 find a head's rows there, so that nothing is transposed or padded. A block of the bias is looked up
 by distance. Names, formulas and dropout are those of flash_attention.py; here blocks are [q, n].
 
@@ -16,6 +16,7 @@ units of log 2 (a power of two is one instruction, an exponential eight), and ls
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ attention.defvjp(_forward, _backward)
 
 
 def _call(kernel, grid, out_shape, arguments):
-    """Runs a kernel compiled on a GPU, and interpreted elsewhere."""
+    """Runs a kernel compiled on GPUs, and interpreted elsewhere."""
 
     def run(*arguments, interpret):
         return pl.pallas_call(
@@ -114,6 +115,7 @@ def _call(kernel, grid, out_shape, arguments):
     return jax.lax.platform_dependent(
         *arguments,
         cuda=functools.partial(run, interpret=False),
+        rocm=functools.partial(run, interpret=False),  # not tried, but never interpreted unasked
         default=functools.partial(run, interpret=True),
     )
 
@@ -147,29 +149,53 @@ def _forward_kernel(
     lse[row, head, _span(static, i)] = top + jnp.log2(total)
 
 
-def _gradients(
-    static, row, head, i, j, words, queries, keys, values, bias, query_segments, key_segments,
-    d_out, lse, delta,
-):  # fmt: skip
-    """A pair of blocks on the way back: q, k and dout; the weights kept and ds, [q, n] float32."""
-    q, d_o = (_load(static, x, row, i, head) for x in (queries, d_out))
-    k, v = (_load(static, x, row, j, head) for x in (keys, values))
-    s = _scores(static, row, head, i, j, q, k, bias, query_segments, key_segments)
-    p = jnp.exp2(s - lse[row, head, _span(static, i)][:, None])
+class _Inputs(NamedTuple):
+    """References to what the kernels of the way back read."""
+
+    words: jax.Array
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    bias: jax.Array | None
+    query_segments: jax.Array
+    key_segments: jax.Array
+    d_out: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+    def of_queries(self, static, row, i, head):
+        """q and dout [q, K], lse and delta [q, 1]."""
+        blocks = (_load(static, x, row, i, head) for x in (self.queries, self.d_out))
+        numbers = (x[row, head, _span(static, i)][:, None] for x in (self.lse, self.delta))
+        return *blocks, *numbers
+
+    def of_keys(self, static, row, j, head):
+        """k and v [n, K]."""
+        return tuple(_load(static, x, row, j, head) for x in (self.keys, self.values))
+
+
+def _gradients(static, inputs: _Inputs, row, head, i, j, of_queries, of_keys):
+    """The weights kept and ds of a pair of blocks, [q, n] float32."""
+    (q, d_o, lse, delta), (k, v) = of_queries, of_keys
+    segments = inputs.query_segments, inputs.key_segments
+    s = _scores(static, row, head, i, j, q, k, inputs.bias, *segments)
+    p = jnp.exp2(s - lse)
     d_p, kept = _dot(d_o, v, 1, 1), p
     if static.dropout_rate:
-        chosen = _is_kept(static, words, row, head, i, j)
+        chosen = _is_kept(static, inputs.words, row, head, i, j)
         kept, d_p = (jnp.where(chosen, x, 0.0) for x in (p, d_p))
         d_p = d_p * (1.0 / (1.0 - static.dropout_rate))
-    return q, k, d_o, kept, p * (d_p - delta[row, head, _span(static, i)][:, None])
+    return kept, p * (d_p - delta)
 
 
 def _queries_kernel(static, ranges, *arrays):
-    *arrays, d_queries = arrays
+    inputs, d_queries = _Inputs(*arrays[:-1]), arrays[-1]
     i, row, head = (pl.program_id(axis) for axis in range(3))
+    of_queries = inputs.of_queries(static, row, i, head)
 
     def visit(j, d_q):
-        _, k, _, _, d_s = _gradients(static, row, head, i, j, *arrays)
+        k, v = inputs.of_keys(static, row, j, head)
+        _, d_s = _gradients(static, inputs, row, head, i, j, of_queries, (k, v))
         return d_q + _dot(d_s.astype(k.dtype), k, 1, 0)
 
     at = row * pl.num_programs(0) + i
@@ -179,12 +205,14 @@ def _queries_kernel(static, ranges, *arrays):
 
 
 def _keys_kernel(static, ranges, *arrays):
-    *arrays, d_keys, d_values = arrays
+    inputs, (d_keys, d_values) = _Inputs(*arrays[:-2]), arrays[-2:]
     j, row, head = (pl.program_id(axis) for axis in range(3))
+    of_keys = inputs.of_keys(static, row, j, head)
 
     def visit(i, carry):
         d_k, d_v = carry
-        q, _, d_o, kept, d_s = _gradients(static, row, head, i, j, *arrays)
+        q, d_o, *_ = of_queries = inputs.of_queries(static, row, i, head)
+        kept, d_s = _gradients(static, inputs, row, head, i, j, of_queries, of_keys)
         d_k += _dot(d_s.astype(q.dtype), q, 0, 0)
         return d_k, d_v + _dot(kept.astype(d_o.dtype), d_o, 0, 0)
 
@@ -197,7 +225,7 @@ def _keys_kernel(static, ranges, *arrays):
 
 def _bias_kernel(static, num_rows, query_blocks, ranges, *arrays):
     """Sums ds over this split's rows and over the pairs of blocks at this offset."""
-    *arrays, sums = arrays
+    inputs, sums = _Inputs(*arrays[:-1]), arrays[-1]
     place, split, head = (pl.program_id(axis) for axis in range(3))
     splits = pl.num_programs(1)
     offset = place - (query_blocks - 1)  # key block minus query block
@@ -209,7 +237,9 @@ def _bias_kernel(static, num_rows, query_blocks, ranges, *arrays):
         meets = (i + offset >= ranges[0, at]) & (i + offset < ranges[1, at])
 
         def add(total):
-            return total + _gradients(static, row, head, i, i + offset, *arrays)[-1]
+            j = i + offset
+            blocks = inputs.of_queries(static, row, i, head), inputs.of_keys(static, row, j, head)
+            return total + _gradients(static, inputs, row, head, i, j, *blocks)[1]
 
         return jax.lax.cond(meets, add, lambda total: total, total)
 

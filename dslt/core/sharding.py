@@ -216,10 +216,11 @@ def gather_matrix(matrix: jax.Array, is_split_last: bool) -> jax.Array:
     return jax.lax.with_sharding_constraint(split, PartitionSpec(None, tensor))
 
 
-def gather_again(layer):
+def gather_again(layer, prevent_cse: bool):
     """`layer`, whose backward gathers its matrices again instead of keeping every layer's whole.
 
     A rematerialised layer does so anyway. Where fsdp splits nothing, it is the layer itself.
+    `prevent_cse` is `jax.checkpoint`'s.
     """
     if not _splits_parameters(jax.sharding.get_abstract_mesh()):
         return layer
@@ -227,7 +228,7 @@ def gather_again(layer):
     def keep(primitive, *_, **__) -> bool:  # everything but what `gather_matrix` makes
         return primitive.name not in ("sharding_constraint", "transpose")
 
-    return jax.checkpoint(layer, policy=keep, prevent_cse=False)
+    return jax.checkpoint(layer, policy=keep, prevent_cse=prevent_cse)
 
 
 def _splits_parameters(mesh) -> bool:

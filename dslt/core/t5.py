@@ -100,6 +100,14 @@ class T5Config:
                 raise InputError(f"T5Config.{field} is {rate}; expected 0 <= rate < 1")
         attention.check_settings(self.attention, self.dtype, self.d_kv, self.weights_dropout_rate)
 
+    def is_unrolled(self, num_layers: int) -> bool:
+        """Whether some of a stack's layers lie in no loop.
+
+        Then no loop divides them from their gradient, and what that computes again XLA would find
+        to be equal, and keep after all: `jax.checkpoint` must be told to prevent it.
+        """
+        return num_layers <= self.scan_unroll or num_layers % self.scan_unroll > 0
+
     @property
     def weights_dropout_rate(self) -> float:
         """The rate at which attention weights are dropped."""
@@ -236,7 +244,7 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """`relu(x·wi)·wo`, or `(gelu(x·wi_0) ⊙ x·wi_1)·wo` when gated."""
 
-    def __init__(self, config: T5Config, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, num_layers: int, rngs: nnx.Rngs):
         d_model, d_ff = config.d_model, config.d_ff
         self.is_gated = config.feed_forward_proj == "gated-gelu"
         if self.is_gated:
@@ -246,9 +254,7 @@ class FeedForward(nnx.Module):
             self.wi = _normal(rngs, (d_model, d_ff), d_model**-0.5)
         self.wo = _normal(rngs, (d_ff, d_model), d_ff**-0.5)
         self.dropout_rate = config.dropout_rate
-        # Where no loop lies between a layer and its gradient, XLA would find that one computes what
-        # the other does, and keep it after all.
-        self.prevent_cse = config.scan_unroll >= max(config.num_layers, config.num_decoder_layers)
+        self.prevent_cse = config.is_unrolled(num_layers)
 
     @jax.named_scope("feed_forward")
     def __call__(self, x, dropout_key=None):
@@ -278,7 +284,7 @@ class EncoderLayer(nnx.Module):
         self.self_attention_norm = LayerNorm(config)
         self.self_attention = Attention(config, rngs)
         self.feed_forward_norm = LayerNorm(config)
-        self.feed_forward = FeedForward(config, rngs)
+        self.feed_forward = FeedForward(config, config.num_layers, rngs)
         if config.relative_bias_per_layer:
             self.relative_bias = RelativeBias(config, bidirectional=True, rngs=rngs)
         self.dropout_rate = config.dropout_rate
@@ -304,7 +310,7 @@ class DecoderLayer(nnx.Module):
         self.cross_attention_norm = LayerNorm(config)
         self.cross_attention = Attention(config, rngs)
         self.feed_forward_norm = LayerNorm(config)
-        self.feed_forward = FeedForward(config, rngs)
+        self.feed_forward = FeedForward(config, config.num_decoder_layers, rngs)
         if config.relative_bias_per_layer:
             self.relative_bias = RelativeBias(config, bidirectional=False, rngs=rngs)
         self.dropout_rate = config.dropout_rate
@@ -371,10 +377,11 @@ class Stack(nnx.Module):
             layer_params, key = layer
             return split_rows(nnx.merge(graphdef, layer_params)(x, *layer_inputs, key)), None
 
+        prevent_cse = self.config.is_unrolled(self.num_layers)
         if self.config.remat:
-            run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+            run_layer = jax.checkpoint(run_layer, prevent_cse=prevent_cse)
         else:
-            run_layer = gather_again(run_layer)
+            run_layer = gather_again(run_layer, prevent_cse)
         layer_keys = None if dropout_key is None else keys[2:]
         x, _ = jax.lax.scan(run_layer, x, (params, layer_keys), unroll=self.config.scan_unroll)
         return dropout(self.final_norm(x), self.config.dropout_rate, keys[1])

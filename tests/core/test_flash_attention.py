@@ -1,4 +1,4 @@
-"""The kernel against plain attention: interpreted on the CPU, and compiled for TPUs by libtpu."""
+"""The kernels against plain attention, interpreted; compiled for TPUs, lowered for GPUs."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from dslt.core import attention, sharding, t5
+from dslt.core import attention, flash_gpu, sharding, t5
 from dslt.core.batch import ROLE_LABEL, empty_batch, pad_rows
 from dslt.core.flash_attention import flash_attention
 from dslt.core.flash_blocks import Static, block_ranges
@@ -61,18 +61,18 @@ def plain(queries, keys, values, bias, mask, rate, key):
     return attention.plain_attention(queries, keys, values, bias, mask.expand(), rate, key)
 
 
+def flash_with(queries, keys, values, bias, mask, rate, key, platform, block=16):
+    return flash_attention(
+        queries, keys, values, bias, mask.query_segments, mask.key_segments,
+        is_causal=mask.is_causal, dropout_rate=rate, dropout_key=key, block=block,
+        platform=platform,
+    )  # fmt: skip
+
+
 @pytest.fixture(params=["tpu", "gpu"])
 def flash(request):
     """The kernels of either kind of device."""
-
-    def attend(queries, keys, values, bias, mask, rate, key, block=16):
-        return flash_attention(
-            queries, keys, values, bias, mask.query_segments, mask.key_segments,
-            is_causal=mask.is_causal, dropout_rate=rate, dropout_key=key, block=block,
-            platform=request.param,
-        )  # fmt: skip
-
-    return attend
+    return functools.partial(flash_with, platform=request.param)
 
 
 def result_and_gradients(attend, arrays, mask, rate=0.0):
@@ -113,6 +113,23 @@ def test_blocks_change_nothing(flash, block):
     expected = result_and_gradients(plain, arrays, mask, 0.3)
     found = result_and_gradients(functools.partial(flash, block=block), arrays, mask, 0.3)
     assert_near(found, expected, FLOAT32_SUMS)
+
+
+def test_rows_and_offsets_share_the_sums_for_the_bias(monkeypatch):
+    """Several rows a split of the GPU's kernel, unevenly; more blocks of queries than of keys."""
+    monkeypatch.setattr(flash_gpu, "SPLITS", 2)
+    rng = np.random.default_rng(2)
+    queries, keys, values, d_out = (
+        rng.normal(size=(5, length, 3, 8)).astype(np.float32) for length in (50, 21, 21, 50)
+    )
+    bias = rng.normal(size=(3, 70)).astype(np.float32)
+    ends = [segment_ids([[7, 6], [21], [3, 2, 9], [], [12, 4]], length) for length in (50, 21)]
+    mask = attention.SegmentMask(*ends, is_causal=False)
+    d_out *= (ends[0] > 0)[..., None, None]
+    arrays = queries, keys, values, bias, d_out
+    on_gpu = functools.partial(flash_with, platform="gpu", block=8)
+    expected = result_and_gradients(plain, arrays, mask, 0.3)
+    assert_near(result_and_gradients(on_gpu, arrays, mask, 0.3), expected, FLOAT32_SUMS)
 
 
 def test_segments_in_any_order(flash):
@@ -250,15 +267,15 @@ def test_a_train_step_is_that_of_plain_attention(bias_per_layer, implementation)
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    ("lengths", "is_causal"),
-    [((512, 512), False), ((136, 136), True), ((128, 264), False)],
+    ("lengths", "is_causal", "head_dim"),
+    [((512, 512), False, 64), ((136, 136), True, 128), ((128, 264), False, 16)],
     ids=["self", "causal", "cross"],
 )
-def test_the_kernels_lower_for_a_gpu_that_is_not_there(lengths, is_causal, dtype, h100):
+def test_the_kernels_lower_for_a_gpu_that_is_not_there(lengths, is_causal, head_dim, dtype, h100):
     """To Triton's language: one kernel forward, two or three backward."""
     num_queries, num_keys = lengths
     array = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
-    inputs = [array((2, length, 6, 64)) for length in (num_queries, num_keys, num_keys)]
+    inputs = [array((2, length, 6, head_dim)) for length in (num_queries, num_keys, num_keys)]
     is_self = num_queries == num_keys
     bias = array((6, num_queries + num_keys - 1), dtype=jnp.float32) if is_self else None
     segments = [array((2, length), dtype=jnp.int32) for length in lengths]
