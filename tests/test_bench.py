@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -112,7 +115,9 @@ def test_the_reference_takes_the_same_steps(batches, tmp_path):
         np.testing.assert_allclose(reference.loss, step.loss, rtol=1e-4)  # float32, other order
 
 
-def test_the_command_prints_and_writes_its_figures(tmp_path, capsys):
+@pytest.fixture
+def small_run(tmp_path):
+    """Gin files and flags of a run on a few problems."""
     directory = tmp_path / "records"
     sizes = ["--train", "40", "--validation", "8", "--test", "8"]
     args = ["extract", "--dataset", "facts", "--teacher", "scripted", *sizes]
@@ -126,8 +131,24 @@ def test_the_command_prints_and_writes_its_figures(tmp_path, capsys):
         "evaluate.EvalConfig.max_rationale_length = 8",
     ]
     gin = [part for binding in bindings for part in ("--gin", binding)]
+    return ["runs/step_by_step.gin", "settings/facts.gin", *gin]
+
+
+def test_the_core_alone_measures_prepared_batches(small_run, tmp_path):
+    """`tests/measure_accelerator.py`, for machines without gin, SeqIO and TensorFlow."""
+    script = [sys.executable, str(Path(__file__).with_name("measure_accelerator.py"))]
+    prepared = str(tmp_path / "prepared")
+    subprocess.run([*script, "prepare", prepared, *small_run], check=True, capture_output=True)
+    command = [*script, "run", prepared, "--model", "num_layers=1", 'dtype="bfloat16"']
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for name in ("devices", "train step", "real tokens/s", "MFU", "loss"):
+        assert name in result.stdout
+
+
+def test_the_command_prints_and_writes_its_figures(small_run, tmp_path, capsys):
     output = tmp_path / "figures.json"
-    command = ["bench", "runs/step_by_step.gin", "settings/facts.gin", *gin]
+    command = ["bench", *small_run]
     counts = ["--steps", "2", "--decode", "3", "--repetitions", "2", "--output", str(output)]
     capsys.readouterr()
     assert main([*command, *counts]) == 0
