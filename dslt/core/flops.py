@@ -61,8 +61,8 @@ def traced_flops(jaxpr: jax.extend.core.Jaxpr) -> float:
     """FLOPs of all matrix products in a traced program, over all devices.
 
     Loops count by their length (a `while_loop`, which has none, counts once), kernels by their
-    grid, a condition as the dearest of its branches. XLA's own `cost_analysis` counts the body of a
-    loop once.
+    grid, what is mapped over devices by their number, a condition as the dearest of its branches.
+    XLA's own `cost_analysis` counts the body of a loop once.
 
     Args:
       jaxpr: `jitted.trace(...).jaxpr.jaxpr`.
@@ -77,6 +77,8 @@ def traced_flops(jaxpr: jax.extend.core.Jaxpr) -> float:
             times = equation.params["length"]
         elif equation.primitive.name == "pallas_call":
             times = math.prod(equation.params["grid_mapping"].grid)
+        elif equation.primitive.name == "shard_map":  # written for one device
+            times = equation.params["mesh"].size
         combine = max if equation.primitive.name == "cond" else sum
         total += times * combine(traced_flops(inner) for inner in _inner_jaxprs(equation))
     return total

@@ -5,9 +5,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from dslt.core import products
 from dslt.core.flops import decode_flops, traced_flops, train_step_flops
+from dslt.core.sharding import MeshConfig, make_mesh
 from dslt.core.t5 import T5Config, abstract_params, count_params
 
 CONFIG = T5Config(
@@ -74,6 +76,17 @@ def test_a_condition_counts_as_its_dearest_branch():
         return products.einsum("td,dv->tv", a.astype("bfloat16"), b.astype("bfloat16"), "bfloat16")
 
     assert traced(narrow, (4, 8), (8, 8)) == product
+
+
+def test_what_is_mapped_over_devices_counts_on_each():
+    mesh = make_mesh(MeshConfig(data=2, tensor=4))
+    rows, columns = PartitionSpec("data"), PartitionSpec(None, "tensor")
+
+    def function(a, b):
+        specs = dict(in_specs=(rows, columns), out_specs=PartitionSpec("data", "tensor"))
+        return jax.shard_map(lambda a, b: a @ b, mesh=mesh, **specs)(a, b)
+
+    assert traced(function, (4, 8), (8, 16)) == 2 * 4 * 8 * 16
 
 
 def test_decoding_is_a_forward():
