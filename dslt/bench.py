@@ -134,11 +134,9 @@ def bench(
     reference = None
     with tempfile.TemporaryDirectory() as directory:
         if against:
-            path = Path(directory) / "student"
-            hf_t5.save(path, configs.model, jax.device_get(step.params), vocabulary)
             from dslt import bench_reference
 
-            settings = path, configs.model, configs.optimizer, configs.train.rationale_weight
+            settings = save_reference(Path(directory) / "student", configs, step.params, vocabulary)
             reference = bench_reference.HuggingFaceT5(*settings)
 
         # Before train steps move the parameters away from those of the reference.
@@ -173,6 +171,12 @@ def bench(
     text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares if share > 0.005)
     graphs = "of CUDA graphs, not told apart; try XLA_FLAGS=--xla_gpu_enable_command_buffer="
     yield f"time        {text or graphs}", {"time_shares": dict(shares)}
+
+
+def save_reference(directory: Path, configs, params: dict, vocabulary: Path) -> tuple:
+    """Writes our weights for the reference; what `bench_reference.HuggingFaceT5` is made of."""
+    hf_t5.save(directory, configs.model, jax.device_get(params), vocabulary)
+    return directory, configs.model, configs.optimizer, configs.train.rationale_weight
 
 
 def _input_secs(batch: Callable[[int], Batch], steps: int) -> Times:

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -65,27 +66,24 @@ def run(args) -> None:
         name, value = change.split("=", 1)
         fields["model"][name] = json.loads(value)
     kinds = zip(CONFIGS, (TrainConfig, T5Config, OptimizerConfig, MeshConfig), strict=True)
-    configs = {name: kind(**fields[name]) for name, kind in kinds}
+    configs = types.SimpleNamespace(**{name: kind(**fields[name]) for name, kind in kinds})
     with np.load(directory / "batches.npz") as arrays:
         batches = [
             Batch(*(arrays[f"{field}_{step}"] for field in Batch._fields))
             for step in range(STEPS + 1)
         ]
-    print(
-        f"devices     {len(jax.devices())} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"
+    devices = jax.devices()
+    print(f"devices     {len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}")
+    step = bench.StepBench(
+        configs.train, configs.model, configs.optimizer, configs.mesh, batches[0]
     )
-    step = bench.StepBench(*configs.values(), batches[0])
     with contextlib.ExitStack() as stack:
         reference = None
         if args.against:
             from dslt import bench_reference
-            from dslt.checkpoint import hf_t5
 
             path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "student"
-            params = jax.device_get(step.params)
-            hf_t5.save(path, configs["model"], params, directory / "vocabulary")
-            weight = configs["train"].rationale_weight
-            settings = path, configs["model"], configs["optimizer"], weight
+            settings = bench.save_reference(path, configs, step.params, directory / "vocabulary")
             reference, how = bench_reference.fastest(batches[:3], *settings)
             print(f"reference   transformers T5, {how}")
         ours, theirs = bench._step_secs(step, batches, reference)

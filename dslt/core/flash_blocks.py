@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from dslt.core.dropout import is_kept
+
 MASKED = -1e30
 LOWEST = -1e20  # a running maximum starts here, above MASKED: exp(MASKED - LOWEST) is 0
 NOBODY = -1  # the segment of a padded key, which no query has
@@ -46,3 +48,21 @@ def block_ranges(static: Static, query_segments, key_segments):
         return ends.reshape(2, -1).astype(jnp.int32)
 
     return span(meet), span(meet.swapaxes(1, 2))
+
+
+def weights_kept(static: Static, words, row, head, i, j, query, key):
+    """What dropout keeps of the weights of the i-th block of queries and the j-th of keys, bool.
+
+    An entry's index is its place in [B, H, Q, N] of all shards, before padding.
+
+    Args:
+      words: [4] uint32, of the dropout key and the shard's first row and head.
+      query, key: uint32, an entry's place in the block; they broadcast to the block's shape.
+    """
+    row, head = row.astype(jnp.uint32) + words[2], head.astype(jnp.uint32) + words[3]
+    first_query = (i * static.block_queries).astype(jnp.uint32)
+    first_key = (j * static.block_keys).astype(jnp.uint32)
+    num_queries, num_keys = jnp.uint32(static.num_queries), jnp.uint32(static.num_keys)
+    first = ((row * jnp.uint32(static.heads) + head) * num_queries + first_query) * num_keys
+    index = (first + first_key) + query * num_keys + key
+    return is_kept(index, static.dropout_rate, words[0], words[1])

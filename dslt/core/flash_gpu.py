@@ -1,9 +1,9 @@
 """`flash_attention` on NVIDIA GPUs: Pallas kernels that Triton compiles.
 
 A program has a block of queries, or of keys, and walks over the blocks of the other side that share
-a segment with it. Its arrays are those of the model, [B, N, H, K], in HBM: loads
-find a head's rows there, so that nothing is transposed or padded. A block of the bias is looked up
-by distance. Names, formulas and dropout are those of flash_attention.py; here blocks are [q, n].
+a segment with it. Its arrays are those of the model, [B, N, H, K], in HBM: loads find a head's rows
+there, so that nothing is transposed or padded. A block of the bias is looked up by distance. Names,
+formulas and dropout are those of flash_attention.py; here blocks are [q, n].
 
 The gradient of the bias is a sum over all rows along diagonals, and programs cannot add to one
 array in a fixed order. A kernel of its own walks over the pairs of blocks at one offset from each
@@ -23,8 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from dslt.core.dropout import is_kept
-from dslt.core.flash_blocks import LOWEST, MASKED, Static
+from dslt.core.flash_blocks import LOWEST, MASKED, Static, weights_kept
 
 BLOCK = 64
 NUM_WARPS = 4
@@ -251,7 +250,7 @@ def _bias_kernel(static, num_rows, query_blocks, ranges, *arrays):
 def _scores(static, row, head, i, j, q, k, bias, query_segments, key_segments):
     """Masked scores over log 2, [q, n], of the i-th block of queries and the j-th of keys."""
     s = _dot(q, k, 1, 1)
-    query, key = _positions(static, i, j)
+    query, key = _positions(static, i)[:, None], _positions(static, j)[None, :]
     if bias is not None:
         s = s + bias[head, key - query + (query_segments.shape[1] - 1)]
     its_segment = query_segments[row, _span(static, i)][:, None]
@@ -262,22 +261,10 @@ def _scores(static, row, head, i, j, q, k, bias, query_segments, key_segments):
 
 
 def _is_kept(static, words, row, head, i, j):
-    """What dropout keeps of a block's weights, [q, n] bool.
-
-    An entry's index is its place in [B, H, Q, N] of all shards, before padding.
-    """
-    query, key = (x.astype(jnp.uint32) for x in _positions(static, i, j))
-    row, head = row.astype(jnp.uint32) + words[2], head.astype(jnp.uint32) + words[3]
-    first = (row * jnp.uint32(static.heads) + head) * jnp.uint32(static.num_queries)
-    index = (first + query) * jnp.uint32(static.num_keys) + key
-    return is_kept(index, static.dropout_rate, words[0], words[1])
-
-
-def _positions(static, i, j):
-    """Of a block's queries and keys: int32, [q, 1] and [1, n]."""
-    query = i * static.block_queries + jnp.arange(static.block_queries, dtype=jnp.int32)
-    key = j * static.block_keys + jnp.arange(static.block_keys, dtype=jnp.int32)
-    return query[:, None], key[None, :]
+    """What dropout keeps of a block's weights, [q, n] bool."""
+    query = jnp.arange(static.block_queries, dtype=jnp.uint32)[:, None]
+    key = jnp.arange(static.block_keys, dtype=jnp.uint32)[None, :]
+    return weights_kept(static, words, row, head, i, j, query, key)
 
 
 def _sum_diagonals(sums):
@@ -313,9 +300,13 @@ def _store(static, array, row, index, head, values):
 
 def _is_inside(static, array, index):
     """Which rows of a block the array [B, N, H, K] has: [n, K] bool."""
-    positions = index * static.block_queries + jnp.arange(static.block_queries, dtype=jnp.int32)
-    shape = static.block_queries, array.shape[3]
-    return jnp.broadcast_to((positions < array.shape[1])[:, None], shape)
+    is_inside = _positions(static, index) < array.shape[1]
+    return jnp.broadcast_to(is_inside[:, None], (static.block_queries, array.shape[3]))
+
+
+def _positions(static, index):
+    """Of a block's queries or keys, [n] int32."""
+    return index * static.block_queries + jnp.arange(static.block_queries, dtype=jnp.int32)
 
 
 def _dot(a, b, a_contracted: int, b_contracted: int):

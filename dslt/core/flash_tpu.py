@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dslt.core.dropout import is_kept
-from dslt.core.flash_blocks import LOWEST, MASKED, Static
+from dslt.core.flash_blocks import LOWEST, MASKED, Static, weights_kept
 
 LANES = 128
 MAX_BLOCK = 256
@@ -241,7 +240,7 @@ def _backward_kernel(
             dropped, d_p = p * drop, d_p * drop
         d_s = p * (d_p - delta[0, 0, :, span])
         if bias is not None:
-            span_of_bias = _span_of_bias(static, i, j, bias)
+            span_of_bias = _span_of_bias(static, i, j)
             d_bias[0, :, span_of_bias] += _sum_diagonals(d_s)
         d_s = d_s.astype(q.dtype)
         d_queries_sum[:, span] += _dot(k, d_s, 1, 0)
@@ -262,7 +261,7 @@ def _scores(static, i, j, queries, keys, bias, query_segments, key_segments):
     """Masked scores [n, q] of queries [K, q] and keys [K, n], the i-th and the j-th block."""
     s = _dot(keys, queries, 0, 0)
     if bias is not None:
-        s = s + _expand_diagonals(bias[0, :, _span_of_bias(static, i, j, bias)], *s.shape)
+        s = s + _expand_diagonals(bias[0, :, _span_of_bias(static, i, j)], *s.shape)
     is_seen = key_segments.reshape(-1, 1) == query_segments
     if static.is_causal:
         key, query = (jax.lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (0, 1))
@@ -271,23 +270,14 @@ def _scores(static, i, j, queries, keys, bias, query_segments, key_segments):
 
 
 def _drop(static, words, head, row, i, j):
-    """What dropout multiplies a block with: 0 or 1 / (1 - rate), [n, q] float32.
-
-    An entry's index is its place in [B, H, Q, N] of all shards, before padding.
-    """
+    """What dropout multiplies a block with: 0 or 1 / (1 - rate), [n, q] float32."""
     shape = static.block_keys, static.block_queries
     key, query = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
-    row, head = row.astype(jnp.uint32) + words[2], head.astype(jnp.uint32) + words[3]
-    first_query = (i * static.block_queries).astype(jnp.uint32)
-    first_key = (j * static.block_keys).astype(jnp.uint32)
-    num_queries, num_keys = jnp.uint32(static.num_queries), jnp.uint32(static.num_keys)
-    first = ((row * jnp.uint32(static.heads) + head) * num_queries + first_query) * num_keys
-    index = (first + first_key) + query * num_keys + key
-    kept = is_kept(index, static.dropout_rate, words[0], words[1])
+    kept = weights_kept(static, words, row, head, i, j, query, key)
     return jnp.where(kept, 1.0 / (1.0 - static.dropout_rate), 0.0)
 
 
-def _span_of_bias(static, i, j, bias):
+def _span_of_bias(static, i, j):
     """Where the n + q biases of a block lie: from those of its last key and its first query."""
     num_keys = -(-static.num_keys // static.block_keys) * static.block_keys
     start = i * static.block_queries - (j + 1) * static.block_keys + num_keys
