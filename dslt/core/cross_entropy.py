@@ -78,6 +78,8 @@ def _on_mesh(hidden, weight, targets, token_weights, chunk_tokens, with_gradient
     head = sharding.partition_spec(mesh, "lm_head", shape=weight.shape)
     width_axis, vocab_axis = (axis if axis and mesh.shape[axis] > 1 else None for axis in head)
     rows = sharding.batch_spec()
+    # Over one device alone XLA's CPU backend would reduce too, by a copy.
+    row_axes = tuple(axis for axis in rows[0] if mesh.shape[axis] > 1)
 
     def on_device(hidden, weight, targets, token_weights):
         weight = weight.astype(hidden.dtype)
@@ -86,13 +88,13 @@ def _on_mesh(hidden, weight, targets, token_weights, chunk_tokens, with_gradient
         loss, nll, is_correct, *gradients = _in_chunks(
             hidden, weight, targets, token_weights, chunk_tokens, with_gradients, vocab_axis
         )
-        loss = jax.lax.psum(loss, rows[0])
+        loss = jax.lax.psum(loss, row_axes)
         if not with_gradients:
             return loss, nll, is_correct
         d_hidden, d_weight = gradients
         if width_axis:
             d_weight = jax.lax.psum_scatter(d_weight, width_axis, scatter_dimension=0, tiled=True)
-        others = tuple(axis for axis in rows[0] if axis != width_axis)
+        others = tuple(axis for axis in row_axes if axis != width_axis)
         return loss, nll, is_correct, d_hidden, jax.lax.psum(d_weight, others)
 
     values = PartitionSpec(), rows, rows

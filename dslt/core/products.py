@@ -51,3 +51,15 @@ def _project_backward(saved, d_out):
 
 
 _project_narrow.defvjp(_project_forward, _project_backward)
+
+
+def swap_heads(x: jax.Array) -> jax.Array:
+    """[B, N, H, K] to [B, H, N, K], or back; on a CPU an array of its own.
+
+    XLA would else merge the transposition into the products.
+    """
+
+    def as_array(x):
+        return jax.lax.optimization_barrier(x.swapaxes(1, 2))
+
+    return jax.lax.platform_dependent(x, cpu=as_array, default=lambda x: x.swapaxes(1, 2))

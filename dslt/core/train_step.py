@@ -4,6 +4,7 @@ Pure: a state and a batch in, a state and sums out. `train` jits it with shardin
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -84,7 +85,7 @@ def train_step(
     batch: Batch,
     *,
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     settings: GradientSettings,
     clip_norm: float,
     on_nonfinite: str = "skip",
@@ -99,6 +100,7 @@ def train_step(
       state: before the step.
       batch: the global batch; its rows must be a multiple of `settings.accumulation_steps`.
       graphdef: of the T5 that `state.params` belong to.
+      optimizer: of `make_optimizer`.
       clip_norm: of the global gradient; 0 turns clipping off.
       on_nonfinite: `skip` leaves parameters and moments as they were and goes on; `stop` halts the
         state: no later step changes it.
@@ -118,11 +120,16 @@ def train_step(
         if clip_norm:
             scale = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        settle = _halt if on_nonfinite == "stop" else _skip
-        new_state = settle(state, TrainState(state.step + 1, params, opt_state), is_finite)
+        is_taken = is_finite & (state.step >= 0) if on_nonfinite == "stop" else is_finite
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, is_taken=is_taken
+        )
+        params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(partial(jnp.where, is_taken), params, state.params)
+        new_state = TrainState(state.step + 1, params, opt_state)
+        if on_nonfinite == "stop":
+            new_state = _halt(state, new_state, is_taken)
     return new_state, StepMetrics(loss, sums, grad_norm, is_finite, consistency)
 
 
@@ -185,24 +192,20 @@ def _check_microbatches(batch: Batch, settings: GradientSettings) -> None:
         )
 
 
-def _skip(state: TrainState, new: TrainState, is_finite: jax.Array) -> TrainState:
-    """`new`, but every real number as in `state` where the step is not finite.
+def _halt(state: TrainState, new: TrainState, is_taken: jax.Array) -> TrainState:
+    """`new`, but halted at this step, or at the one before, where it is not taken.
 
-    Counters go on, so that the learning rate stays a function of the step.
+    Its real numbers are those of `state` then; here the counters are made so too.
     """
 
-    def choose(old, new):
-        return jnp.where(is_finite, new, old) if jnp.issubdtype(new, jnp.floating) else new
+    def settle(old, new):
+        return new if jnp.issubdtype(new, jnp.floating) else jnp.where(is_taken, new, old)
 
-    return jax.tree.map(choose, state, new)
-
-
-def _halt(state: TrainState, new: TrainState, is_finite: jax.Array) -> TrainState:
-    """`new`, but `state` where it is halted or the step is not finite; then it is halted."""
-    is_going_on = is_finite & (state.step >= 0)
-    chosen = jax.tree.map(lambda old, new: jnp.where(is_going_on, new, old), state, new)
     halted_step = jnp.where(state.step < 0, state.step, -new.step)
-    return chosen._replace(step=jnp.where(is_going_on, new.step, halted_step))
+    return new._replace(
+        step=jnp.where(is_taken, new.step, halted_step),
+        opt_state=jax.tree.map(settle, state.opt_state, new.opt_state),
+    )
 
 
 def _accumulate(gradient, params, batch: Batch, step_key, num: int):

@@ -106,6 +106,45 @@ def test_adamw_first_steps_by_hand():
     np.testing.assert_allclose(update["wo"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_is_optax_adamw(weight_decay):
+    """Update by update; and its state, so that optax's checkpoints stay readable."""
+    params = tiny_params()
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=2, weight_decay=weight_decay)
+    ours = make_optimizer(config, num_steps=5)
+    theirs = optax.adamw(
+        make_schedule(config, num_steps=5),
+        weight_decay=weight_decay,
+        mask=lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params),
+    )
+    state, their_state = ours.init(params), theirs.init(params)
+    assert jax.tree.structure(state[0]) == jax.tree.structure(their_state[0])
+    grads = params
+    for _ in range(4):
+        grads = jax.tree.map(lambda x: jnp.sin(2 * x), grads)
+        updates, state = jax.jit(ours.update)(grads, state, params)
+        expected, their_state = jax.jit(theirs.update)(grads, their_state, params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-8), updates, expected)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-6), state[0], their_state[0])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_an_update_that_is_not_taken_leaves_the_moments(name):
+    """They stay the same bits, whatever the gradient was; the counters go on."""
+    params = tiny_params()
+    optimizer = make_optimizer(OptimizerConfig(name=name, weight_decay=0.1), num_steps=5)
+    take = jax.jit(optimizer.update)
+    _, state = take(jax.tree.map(jnp.sin, params), optimizer.init(params), params)
+    nans = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
+    _, left = take(nans, state, params, is_taken=False)
+    for key, leaf in flat(left).items():
+        expected = flat(state)[key]
+        is_real = jnp.issubdtype(leaf.dtype, jnp.floating)
+        np.testing.assert_array_equal(leaf, expected if is_real else expected + 1, err_msg=key)
+    _, after = take(jax.tree.map(jnp.cos, params), left, params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
 def adafactor(**settings):
     config = OptimizerConfig(name="adafactor", learning_rate=0.1, schedule="constant", **settings)
     return make_optimizer(config, num_steps=10)

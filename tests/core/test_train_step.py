@@ -14,7 +14,7 @@ import pytest
 
 from dslt.core import t5, train_step
 from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE, pad_rows
-from dslt.core.optimizer import OptimizerConfig, make_optimizer
+from dslt.core.optimizer import OptimizerConfig, make_optimizer, settled
 from dslt.core.train_step import GradientSettings
 from dslt.errors import InputError
 
@@ -30,9 +30,11 @@ RATIONALE_0 = ([4, 6, 7, 1], [13, 14, 15, 16, 11, 1], ROLE_RATIONALE)
 LABEL_1 = ([3, 8, 9, 10, 6, 1], [17, 1], ROLE_LABEL)
 RATIONALE_1 = ([4, 8, 9, 10, 6, 1], [18, 19, 1], ROLE_RATIONALE)
 
-keep_gradient = optax.GradientTransformation(
-    init=lambda params: jax.tree.map(jnp.zeros_like, params),
-    update=lambda grads, _, params: (jax.tree.map(jnp.zeros_like, params), grads),
+keep_gradient = settled(
+    optax.GradientTransformation(
+        init=lambda params: jax.tree.map(jnp.zeros_like, params),
+        update=lambda grads, _, params: (jax.tree.map(jnp.zeros_like, params), grads),
+    )
 )
 
 
