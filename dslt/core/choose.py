@@ -45,21 +45,21 @@ def sample(logits: jax.Array, config, numbers: jax.Array, positions: jax.Array) 
     Returns:
       [B] int32.
     """
-    logits = logits / config.temperature
-    # How far behind the best: what is kept is what lies within some gap. Equals stay together.
+    # How far behind the best: what is kept is what lies within some gap. Equals stay together. A
+    # difference of what is in memory: with more to it, compilers round it here so and there so.
     gaps = logits.max(-1, keepdims=True) - logits
     if config.top_k:
         kept = _smallest_gap(gaps, jnp.ones_like(gaps), config.top_k)
         gaps = jnp.where(gaps <= kept, gaps, jnp.inf)
     if config.top_p < 1:
-        kept = _smallest_gap(gaps, jax.nn.softmax(-gaps), config.top_p)
+        kept = _smallest_gap(gaps, jax.nn.softmax(-gaps / config.temperature), config.top_p)
         gaps = jnp.where(gaps <= kept, gaps, jnp.inf)
 
     def noise(number, position):
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         return jax.random.gumbel(jax.random.fold_in(key, position), gaps.shape[1:])
 
-    return most_likely(jax.vmap(noise)(numbers, positions) - gaps)
+    return most_likely(jax.vmap(noise)(numbers, positions) - gaps / config.temperature)
 
 
 def _smallest_gap(gaps: jax.Array, weights: jax.Array, target: float) -> jax.Array:
