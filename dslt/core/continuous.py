@@ -26,8 +26,8 @@ TARGET_MULTIPLE = 8
 SHORTEST = 32
 FREE_SHARE = 16  # look at the slots when one in so many is free
 ENCODED_SHARE = 4  # encode one in so many slots at a time
-KEPT_SHARE = 4  # at the end go on with one in so many slots, once no more of them are live,
-FEWEST_ROWS = 4  # down to so many: every number of rows is a compilation too
+KEPT_SHARE = 2  # at the end go on with one in so many slots, once no more of them are live,
+FEWEST_ROWS = 8  # down to so many: every number of rows is a compilation too
 
 
 class DecodingParams(NamedTuple):
