@@ -156,9 +156,9 @@ def bench(
         if reference:
             reference, how = bench_reference.fastest(batches[:3], *settings)
             yield f"reference   transformers T5, {how}", {"reference": how}
-        secs, reference_secs = _step_secs(step, batches, reference)
+        secs, reference_secs = step_secs(step, batches, reference)
         yield f"input       {input_secs} s a batch, alone", {"input_secs": input_secs.values}
-        yield from _describe_steps(step, batches[1:], secs)
+        yield from describe_steps(step, batches[1:], secs)
         part = f"{secs.median / input_secs.median:.1f}"
         yield f"            {part} times as long as preparing its batch", {}
         if reference_secs:
@@ -185,7 +185,7 @@ def _input_secs(batch: Callable[[int], Batch], steps: int) -> Times:
     return Times(tuple(_timed(lambda step=step: batch(step))[0] for step in range(1, steps + 1)))
 
 
-def _step_secs(step: StepBench, batches: Sequence[Batch], reference) -> tuple[Times, Times | None]:
+def step_secs(step: StepBench, batches: Sequence[Batch], reference) -> tuple[Times, Times | None]:
     """Seconds of each step and, where there is a reference, of its step on the same examples.
 
     A measured step follows one of the same program, on the batch before, as it does in training:
@@ -205,7 +205,7 @@ def _step_secs(step: StepBench, batches: Sequence[Batch], reference) -> tuple[Ti
     return ours, theirs[0] if theirs else None
 
 
-def _describe_steps(
+def describe_steps(
     step: StepBench, batches: Sequence[Batch], secs: Times
 ) -> Iterator[tuple[str, dict]]:
     """Rates, MFU and memory of measured steps."""

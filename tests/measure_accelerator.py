@@ -86,8 +86,8 @@ def run(args) -> None:
             settings = bench.save_reference(path, configs, step.params, directory / "vocabulary")
             reference, how = bench_reference.fastest(batches[:3], *settings)
             print(f"reference   transformers T5, {how}")
-        ours, theirs = bench._step_secs(step, batches, reference)
-    for line, _ in bench._describe_steps(step, batches[1:], ours):
+        ours, theirs = bench.step_secs(step, batches, reference)
+    for line, _ in bench.describe_steps(step, batches[1:], ours):
         print(line)
     if theirs:
         print(f"against hf  {theirs} s a step: dslt is {theirs.over(ours)} times as fast")

@@ -130,10 +130,10 @@ plain_attention.defvjp(_plain_forward, _plain_backward)
 
 
 def _layout(dtype):
-    """How products take queries and keys: the axes of each, and [B, N, H, K] so arranged.
+    """Axes of queries and of keys in products, and what brings [B, N, H, K] there and back.
 
-    The other way round too. Heads before positions make whole matrices: on a CPU products of them
-    are twice as fast in float32, and in bfloat16 not worth the copy.
+    With heads before positions each head is one matrix: on a CPU, products of those are up to twice
+    as fast in float32, and in bfloat16 not worth the copy.
     """
     if dtype == jnp.float32:
         return "bhqk", "bhnk", swap_heads

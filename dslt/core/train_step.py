@@ -193,9 +193,9 @@ def _check_microbatches(batch: Batch, settings: GradientSettings) -> None:
 
 
 def _halt(state: TrainState, new: TrainState, is_taken: jax.Array) -> TrainState:
-    """`new`, but halted at this step, or at the one before, where it is not taken.
+    """`new`, but halted where the step is not taken: at this step, or where `state` was already.
 
-    Its real numbers are those of `state` then; here the counters are made so too.
+    A step that is not taken changed no real number; here its counters go back to those of `state`.
     """
 
     def settle(old, new):
