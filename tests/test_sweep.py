@@ -272,6 +272,25 @@ def test_a_list_has_a_command_for_what_is_missing(swept, capsys):
     assert "on one line" in capsys.readouterr().err
 
 
+def test_a_finished_run_of_another_config_or_of_other_records_is_not_taken_for_done(swept, capsys):
+    args, directory, only = swept
+    done = [*args, "--list", "--gin", "sweep.SweepConfig.methods = ('runs/rationale_label.gin',)"]
+    info = directory / only / "run.json"
+    kept = info.read_text()
+    other = (*SMALL, "optimizer.OptimizerConfig.learning_rate = 0.5")
+    assert main([*done, "--gin", f"sweep.SweepConfig.overrides = {other!r}"]) == 2
+    error = capsys.readouterr().err
+    assert f"{directory / only}: holds a finished run" in error
+    assert "OptimizerConfig.learning_rate: was" in error and "now 0.5" in error
+    digest = next(iter(read_json(info)["records"].values()))
+    info.write_text(kept.replace(digest, "0" * 64))
+    assert main(done) == 2
+    assert "records.jsonl: its content has changed since" in capsys.readouterr().err
+    info.write_text(kept)
+    assert main(done) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_a_list_of_nothing_is_empty(swept, capsys):
     args, _, _ = swept
     done = "sweep.SweepConfig.methods = ('runs/rationale_label.gin',)"

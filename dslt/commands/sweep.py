@@ -43,7 +43,7 @@ def add(commands) -> None:
 def sweep(args) -> int:
     """Runs what is missing; the same command goes on after a stop."""
     from dslt import config
-    from dslt.sweep import expand, is_done
+    from dslt.sweep import expand
     from dslt.workdir import RunDir
 
     directory = Path(args.output_dir)
@@ -55,7 +55,11 @@ def sweep(args) -> int:
                 f"--only {args.only}: is no run of this sweep; --list shows those that are missing"
             )
         return run_one(by_name[args.only], directory)
-    missing = [name for name in by_name if not is_done(RunDir(directory / name))]
+    missing = [
+        name
+        for name, experiment in by_name.items()
+        if not is_done_as_asked(experiment, RunDir(directory / name))
+    ]
     if args.list:
         for name in missing:
             print(one_line(["dslt", *arguments(args, name)]))
@@ -65,6 +69,43 @@ def sweep(args) -> int:
         print(estimate([by_name[name] for name in missing]))
         return 0
     return run_all(args, missing, directory)
+
+
+def is_done_as_asked(experiment, run) -> bool:
+    """Whether a run is done and is what the sweep now asks for, or could be by more steps.
+
+    Raises:
+      InputError: it is of another config, or of records that have changed since.
+    """
+    from dslt import config
+    from dslt.data.pipeline import records_digests
+    from dslt.sweep import COMPUTE, is_done
+    from dslt.workdir import read_json
+
+    if not is_done(run):
+        return False
+    was = config.parse([str(run.config)])
+    now = config.parse(experiment.gin_files, experiment.overrides)
+    if experiment.facts["budget"] == COMPUTE:  # `budget_overrides` chose these
+        own = {name: getattr(was.train, name) for name in ("num_steps", "save_every_steps")}
+        now = dataclasses.replace(now, train=dataclasses.replace(now.train, **own))
+    changes = config.find_changes(was, now)
+    refused = [str(change) for change in changes if not change.is_allowed]
+    if not refused:
+        digests = records_digests(now.data)
+        found = read_json(run.info).get("records", {})
+        refused = [
+            f"{path}: its content has changed since"
+            for path, digest in found.items()
+            if digests.get(path) != digest
+        ]
+    if refused:
+        raise InputError(
+            f"{run.path}: holds a finished run of this name, which is another one:\n  "
+            + "\n  ".join(refused)
+            + "\nChoose another --output_dir, or move that directory away to do the run anew"
+        )
+    return was.train.num_steps == now.train.num_steps
 
 
 def arguments(args, name: str) -> list[str]:

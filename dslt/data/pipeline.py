@@ -18,7 +18,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +57,7 @@ from dslt.data.vocabulary import (
     Vocabulary,
     encode_with_eos,
     load_vocabulary,
+    remove_vocabulary,
     train_sentencepiece,
 )
 from dslt.errors import InputError
@@ -353,10 +353,20 @@ def make_vocabulary(config: DataConfig, keep_in: str | os.PathLike) -> Vocabular
     """The vocabulary of a new run, opened or trained, and copied into its directory.
 
     A copy that an attempt before left in `keep_in`, perhaps of another kind, is replaced.
+
+    Raises:
+      InputError: not a vocabulary, or a file among those that would be replaced.
     """
     keep_in = Path(keep_in)
-    if os.path.realpath(config.vocabulary) == os.path.realpath(keep_in):
+    source = Path(os.path.realpath(config.vocabulary))
+    kept = Path(os.path.realpath(keep_in))
+    if source == kept:
         return load_vocabulary(keep_in)
+    if source.is_file() and source.parent == kept:
+        raise InputError(
+            f"vocabulary is {config.vocabulary!r}, a file in {keep_in}, where the run keeps its "
+            f"own copy: give the directory, {str(keep_in)!r}, or move the file elsewhere"
+        )
     kind, _, size = config.vocabulary.partition(":")
     if kind == "train":
         if not size.isdecimal():
@@ -364,10 +374,10 @@ def make_vocabulary(config: DataConfig, keep_in: str | os.PathLike) -> Vocabular
                 f"vocabulary is {config.vocabulary!r}; expected a number of pieces: train:8000"
             )
         texts = list(_train_texts(config))  # read before anything is replaced
-        shutil.rmtree(keep_in, ignore_errors=True)
+        remove_vocabulary(keep_in)
         return train_sentencepiece(texts, int(size), keep_in / SENTENCEPIECE_FILE)
     vocabulary = load_vocabulary(config.vocabulary)
-    shutil.rmtree(keep_in, ignore_errors=True)
+    remove_vocabulary(keep_in)
     vocabulary.save(keep_in)
     return vocabulary
 

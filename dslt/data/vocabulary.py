@@ -199,6 +199,12 @@ def load_vocabulary(spec: str | os.PathLike) -> Vocabulary:
     )
 
 
+def remove_vocabulary(directory: str | os.PathLike) -> None:
+    """Deletes what `load_vocabulary` would read in a directory, and nothing else there."""
+    for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE, TOKENIZER_CONFIG_FILE):
+        (Path(directory) / name).unlink(missing_ok=True)
+
+
 def train_sentencepiece(
     texts: Iterable[str], size: int, path: str | os.PathLike
 ) -> SentencePieceVocabulary:

@@ -401,6 +401,19 @@ def test_a_run_gets_a_copy_of_its_vocabulary(config, vocabulary, tmp_path):
         make_vocabulary(dataclasses.replace(config, vocabulary="train:x"), tmp_path / "other")
 
 
+def test_a_vocabulary_replaces_another_one_and_no_other_file(config, vocabulary, tmp_path):
+    keep_in = tmp_path / "vocabulary"
+    make_vocabulary(dataclasses.replace(config, vocabulary="bytes"), keep_in)
+    (keep_in / "notes.txt").write_text("mine")
+    make_vocabulary(config, keep_in)
+    assert load_vocabulary(keep_in).digest == vocabulary.digest
+    assert (keep_in / "notes.txt").read_text() == "mine"
+    own = dataclasses.replace(config, vocabulary=str(keep_in / "spiece.model"))
+    with pytest.raises(InputError, match=r"give the directory, '.*vocabulary', or move the file"):
+        make_vocabulary(own, keep_in)
+    assert load_vocabulary(keep_in).digest == vocabulary.digest
+
+
 def all_examples(stream):
     """Of a few windows: one need not see every example."""
     steps = range(4 * stream.order.window_batches)
