@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 from dslt.checkpoint import hf_t5
-from dslt.core import flops, hlo, sharding
-from dslt.core.batch import ROLE_LABEL, Batch, count_targets, pad_rows
+from dslt.core import attention, flops, hlo, sharding
+from dslt.core.batch import PAD_ID, ROLE_LABEL, Batch, count_targets, pad_rows
 from dslt.core.continuous import ContinuousDecoder
 from dslt.core.decode import DecodeConfig
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
@@ -72,6 +72,7 @@ class StepBench:
         first_batch: Batch,
     ):
         self.mesh = sharding.make_mesh(mesh_config)
+        attention.check_platform(model_config.attention, self.mesh.devices.flat[0].platform)
         self.model_config = model_config
         optimizer = make_optimizer(optimizer_config, config.num_steps)
         self.graphdef, self._state = new_state(config, model_config, optimizer, self.mesh)
@@ -141,16 +142,22 @@ def bench(
 
         # Before train steps move the parameters away from those of the reference.
         tasks = (
-            ("labels", [e.label_input_tokens for e in inputs], configs.evaluate.max_label_length),
+            (
+                "labels",
+                [e.label_input_tokens for e in inputs],
+                configs.evaluate.max_label_length,
+                PAD_ID,
+            ),
             (
                 "rationales",
                 [e.rationale_input_tokens for e in inputs],
                 configs.evaluate.max_rationale_length,
+                configs.data.rationale_start_id,
             ),
         )
-        for name, tokens, max_length in tasks if inputs else ():
+        for name, tokens, *how in tasks if inputs else ():
             yield from _bench_decoding(
-                name, step, tokens, configs.evaluate.rows, max_length, repetitions, reference
+                name, step, tokens, configs.evaluate.rows, *how, repetitions, reference
             )
 
         if reference:
@@ -245,6 +252,7 @@ def _bench_decoding(
     inputs: Sequence[np.ndarray],
     rows: int,
     max_length: int,
+    start_id: int,
     repetitions: int,
     reference,
 ) -> Iterator[tuple[str, dict]]:
@@ -253,10 +261,12 @@ def _bench_decoding(
     prepared = decoder.prepare(step.params)
 
     def ours():
-        return decoder(prepared, inputs, config=DecodeConfig(), max_length=max_length)
+        return decoder(
+            prepared, inputs, config=DecodeConfig(), max_length=max_length, start_id=start_id
+        )
 
     def theirs():
-        return reference.generate(inputs, rows, max_length)
+        return reference.generate(inputs, rows, max_length, start_id)
 
     programs = [ours] if reference is None else [ours, theirs]
     tokens = [program() for program in programs]  # compiles

@@ -85,7 +85,9 @@ class HuggingFaceT5:
         self.loss = loss.item()
         return secs
 
-    def generate(self, inputs: Sequence[np.ndarray], rows: int, max_length: int) -> list[list[int]]:
+    def generate(
+        self, inputs: Sequence[np.ndarray], rows: int, max_length: int, start_id: int
+    ) -> list[list[int]]:
         """Greedy answers, `rows` inputs at a time, sorted by length; tokens before EOS."""
         self.model.eval()
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
@@ -100,6 +102,7 @@ class HuggingFaceT5:
                     do_sample=False,
                     num_beams=1,
                     max_new_tokens=max_length,
+                    decoder_start_token_id=start_id,
                 )
             for i, row in zip(chosen, decoded[:, 1:].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in (1, PAD_ID)]

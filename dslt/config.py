@@ -15,7 +15,7 @@ import sys
 import tokenize
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gin
@@ -307,8 +307,12 @@ def _fits(value, hint) -> bool:
     if origin is tuple:
         is_sequence = isinstance(value, tuple | list)
         return is_sequence and all(_fits(entry, arguments[0]) for entry in value)
-    if origin is not None:
-        return isinstance(value, origin)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(
+            _fits(part, part_hint)
+            for entry in value.items()
+            for part, part_hint in zip(entry, arguments, strict=True)
+        )
     if hint in (int, float) and isinstance(value, bool):
         return False
     if hint is float:

@@ -7,6 +7,7 @@ them, and writes beside them:
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -73,6 +74,11 @@ class EvalConfig(DecodeConfig):
         for field in ("rows", "max_label_length", "max_rationale_length"):
             if getattr(self, field) < 1:
                 raise InputError(f"EvalConfig.{field} is {getattr(self, field)}; expected >= 1")
+        for field in ("poll_secs", "silence_secs", "give_up_secs"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise InputError(
+                    f"EvalConfig.{field} is {getattr(self, field)}; expected 0 or more seconds"
+                )
         if self.answers not in ANSWERS:
             raise InputError(
                 f"EvalConfig.answers is {self.answers!r}; expected one of {', '.join(ANSWERS)}"
@@ -94,23 +100,31 @@ class Decoder:
 
     Of several processes each has the whole student on its own devices and decodes its share of the
     inputs, for as long as these take; then all get all results. All must call it alike.
+
+    `params` are the student's in float32, in the host's memory.
     """
 
     def __init__(self, path: Path, mesh_config: MeshConfig, rows: int):
         """`path` is a run, a checkpoint or a Hugging Face directory; `rows` decode at a time."""
         distributed.check_joined()
         self.mesh = sharding.local_mesh(sharding.make_mesh(mesh_config))
-        self.config, graphdef, self.params = student.load(path, self.mesh)
-        self._placed = sharding.with_shardings(self.mesh, t5.abstract_params(self.config)[1])
+        self.config, graphdef, self.params = student.load_to_host(path, self.mesh)
         self._continuous = ContinuousDecoder(graphdef, self.mesh, rows)
-        self._prepared = self._continuous.prepare(self.params)
+        self._place_params()
 
     def load_step(self, checkpoints: Path, step: int) -> None:
         """Takes the parameters of another checkpoint of the same run."""
         student.check_params(checkpoints, step)
         with CheckpointManager(checkpoints, read_only=True) as manager:
-            self.params = manager.restore_params(step, self._placed)
-        self._prepared = self._continuous.prepare(self.params)
+            self.params = manager.restore_params(step, student.host_arrays(self.config))
+        self._place_params()
+
+    def _place_params(self) -> None:
+        """Prepares `params` on the devices, in `config.dtype`: no float32 copy is there beside."""
+        self._prepared = None  # the last ones make room
+        narrow = t5.narrow_matrices(self.params, self.config.dtype)
+        shardings = sharding.state_shardings(self.mesh, narrow)
+        self._prepared = self._continuous.prepare(jax.device_put(narrow, shardings))
 
     def __call__(
         self,
@@ -450,11 +464,22 @@ def _share_steps(steps: Iterable[int]) -> Iterator[int]:
 def _write_evaluation(
     run: RunDir, decoder: Decoder, predictions: Sequence[Prediction], values: dict
 ) -> None:
-    """Writes what became of a step, its row last; where it is the best, its parameters too."""
+    """Writes what became of a step, its row last; where it is the best, its parameters too.
+
+    Of a step that is judged again, what is known of other splits stays.
+    """
     step = values["step"]
-    write_rows(run.evaluation(step) / "predictions.jsonl", predictions)
+    path = run.evaluation(step) / "predictions.jsonl"
+    rows = {row["step"]: row for row in read_json_rows(run.evaluations)}
+    if step in rows and path.exists():
+        judged = {prediction.split for prediction in predictions}
+        others = [p for p in read_predictions(path) if p.split not in judged]
+        predictions = [*predictions, *others]
+        splits = {prediction.split for prediction in others}
+        values |= {name: x for name, x in rows[step].items() if name.split("/")[0] in splits}
+    write_rows(path, predictions)
     write_json(run.evaluation(step) / "metrics.json", values)
-    rows = [row for row in read_json_rows(run.evaluations) if row["step"] != step] + [values]
+    rows = [row for row in rows.values() if row["step"] != step] + [values]
     best = best_row(rows)
     if best is values:
         _keep_as_best(run, decoder, step)
@@ -473,4 +498,4 @@ def _write_evaluation(
 def _keep_as_best(run: RunDir, decoder: Decoder, step: int) -> None:
     """Writes the parameters to `best/`, where training's clean-up does not reach."""
     with CheckpointManager(run.best) as manager:
-        manager.replace_all(step, jax.device_get(decoder.params), Layout(decoder.config))
+        manager.replace_all(step, decoder.params, Layout(decoder.config))

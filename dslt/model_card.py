@@ -21,11 +21,15 @@ from dslt.workdir import RunDir, StudentFormat, read_json, read_json_rows
 
 UNKNOWN = "unknown"
 FILL_IN = "*to be filled in*"
-METHODS = {  # (whether rationales are learnt, label_source)
-    (False, "gold"): "standard fine-tuning on gold labels",
-    (False, "teacher"): "standard distillation: the teacher's labels",
-    (True, "gold"): "distilling step-by-step: gold labels and the teacher's rationales",
-    (True, "teacher"): "distilling step-by-step: the teacher's labels and rationales",
+METHODS = {  # (whether rationales are a task of their own, label_source, target_layout)
+    (False, "gold", "label"): "standard fine-tuning on gold labels",
+    (False, "teacher", "label"): "standard distillation: the teacher's labels",
+    (True, "gold", "label"): "distilling step-by-step: gold labels and the teacher's rationales",
+    (True, "teacher", "label"): "distilling step-by-step: the teacher's labels and rationales",
+    (False, "gold", "rationale_label"): "one target: the teacher's rationale, then the gold label",
+    (False, "teacher", "rationale_label"): "one target: the teacher's rationale, then its label",
+    (False, "gold", "label_rationale"): "one target: the gold label, then the teacher's rationale",
+    (False, "teacher", "label_rationale"): "one target: the teacher's label, then its rationale",
 }
 
 
@@ -198,13 +202,10 @@ def _training_table(info: dict, settings: dict, step: int | None) -> list[str]:
         return settings.get(name, UNKNOWN)
 
     weight = info.get("rationale_weight", UNKNOWN)
-    source = setting("pipeline.DataConfig.label_source")
-    method = METHODS.get((weight != 0, source), UNKNOWN) if weight != UNKNOWN else UNKNOWN
-    if weight != UNKNOWN and weight and setting("pipeline.DataConfig.shared_encoder") is True:
-        method += ", one encoder pass for both"
     rows = {
-        "method": method,
+        "method": UNKNOWN if weight == UNKNOWN else _method(weight != 0, settings),
         "λ (rationale_weight)": weight,
+        "share of the train split": setting("pipeline.DataConfig.train_fraction"),
         "starts from": setting("train.TrainConfig.init_from") or "random weights",
         "parameters": info.get("num_params", UNKNOWN),
         "checkpoint": UNKNOWN if step is None else f"step {step}",
@@ -216,6 +217,23 @@ def _training_table(info: dict, settings: dict, step: int | None) -> list[str]:
     }
     lines = [f"| {escape(key)} | {escape(value)} |" for key, value in rows.items()]
     return ["| | |", "|---|---|", *lines]
+
+
+def _method(has_rationale_task: bool, settings: dict) -> str:
+    source = settings.get("pipeline.DataConfig.label_source")
+    layout = settings.get(
+        "pipeline.DataConfig.target_layout", "label"
+    )  # of runs before there was one
+    method = METHODS.get((has_rationale_task, str(source), str(layout)), UNKNOWN)
+    if not has_rationale_task:
+        return method
+    if settings.get("pipeline.DataConfig.shared_encoder") is True:
+        method += ", one encoder pass for both"
+    if settings.get("pipeline.DataConfig.shuffle_rationales") is True:
+        method += ", each rationale another example's (a control)"
+    if weight := settings.get("train.TrainConfig.consistency_weight"):
+        method += f", a consistency term of weight {weight}"
+    return method
 
 
 def _data_list(info: dict, summaries: list[RecordsSummary | None]) -> list[str]:

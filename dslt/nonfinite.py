@@ -13,6 +13,8 @@ Imports core, checkpoint, workdir and errors.
 """
 
 import dataclasses
+import zipfile
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -60,13 +62,16 @@ def keep_batch(run: RunDir, found: NonfiniteStep, batch: Batch, examples: list[s
 
 def read_batch(directory: Path) -> tuple[int, Batch, list[str]]:
     """The step, the batch and the examples' ids of `keep_batch`."""
+    expected = "expected what `dslt train` wrote"
     report = read_json(directory / "report.json")
+    if missing := {"step", "examples"} - report.keys():
+        raise InputError(f"{directory / 'report.json'}: has no {min(missing)!r}; {expected}")
     try:
         with np.load(directory / "batch.npz", allow_pickle=False) as arrays:
             batch = Batch(**arrays)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
-            f"{directory / 'batch.npz'}: cannot be read ({error}); expected what `dslt train` wrote"
+            f"{directory / 'batch.npz'}: cannot be read ({error}); {expected}"
         ) from None
     return report["step"], batch, report["examples"]
 

@@ -17,14 +17,21 @@ from functools import partial
 
 import jax
 
-from dslt.core import flops, hlo, sharding, t5
+from dslt.core import attention, flops, hlo, sharding, t5
 from dslt.core.batch import Batch, empty_batch
-from dslt.core.continuous import kept_length
+from dslt.core.continuous import DecodingParams, kept_length, prepare
 from dslt.core.decode import decode_batch
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
-from dslt.core.topology import GIB, Topology, compile_devices, compiler_options, slices
+from dslt.core.topology import (
+    GIB,
+    Topology,
+    compile_devices,
+    compiler_options,
+    one_host,
+    slices,
+)
 from dslt.errors import InputError
 from dslt.evaluate import EvalConfig
 from dslt.start import abstract_state
@@ -153,8 +160,13 @@ class TrainPlan:
 
 @dataclasses.dataclass(frozen=True)
 class DecodePlan:
-    """A compiled decode loop of `rows` rows, `source_length` and `max_length` tokens each."""
+    """A compiled decode loop of `rows` rows, `source_length` and `max_length` tokens each.
 
+    Attributes:
+      num_chips: that it runs on, those of one host.
+    """
+
+    num_chips: int
     rows: int
     source_length: int
     max_length: int
@@ -172,8 +184,15 @@ def plan_training(
       hbm_bytes: of a chip, in place of what is known of it.
 
     Raises:
-      InputError: the mesh does not fit the topology, or its compiler is missing.
+      InputError: the mesh or the model's attention does not fit the topology, or its compiler is
+        missing.
     """
+    attention.check_platform(run.model.attention, topology.platform)
+    if topology.chip.is_estimate and run.model.attention == "cudnn":
+        raise InputError(
+            f"{topology}: is estimated from the program of CPUs, for which there is no cuDNN; plan "
+            "with T5Config.attention = 'plain'"
+        )
     mesh = sharding.make_mesh(run.mesh, compile_devices(topology))
     optimizer = make_optimizer(run.optimizer, run.train.num_steps)
     graphdef, state = abstract_state(run.model, optimizer, mesh)
@@ -212,8 +231,15 @@ def plan_training(
 def plan_decoding(
     run: Run, topology: Topology, quick: bool = False, hbm_bytes: int | None = None
 ) -> DecodePlan:
-    """Compiles the decode loop that `dslt evaluate` would run on its longest inputs."""
-    mesh = sharding.make_mesh(run.mesh, compile_devices(topology))
+    """Compiles the decode loop that `dslt evaluate` would run on its longest inputs.
+
+    Of several hosts each holds the whole student and decodes rows of its own, as
+    `evaluate.Decoder` has it, so this is a program of one host's chips.
+    """
+    devices = compile_devices(topology)
+    mesh = sharding.local_mesh(sharding.make_mesh(run.mesh, devices), devices[0].process_index)
+    if (host := one_host(topology)) != topology:  # libtpu compiles for whole slices
+        mesh = sharding.make_mesh(MeshConfig(**mesh.shape), compile_devices(host))
     multiple = sharding.row_multiple(mesh)
     rows = -(-run.evaluate.rows // multiple) * multiple
     source_length = kept_length(run.max_input_length)
@@ -222,30 +248,45 @@ def plan_decoding(
         max_length = max(max_length, run.evaluate.max_rationale_length)
 
     graphdef, params = t5.abstract_params(run.model)
+    params = jax.eval_shape(partial(t5.narrow_matrices, dtype=run.model.dtype), params)
     params = sharding.with_shardings(mesh, params)
+    prepared = jax.jit(partial(prepare, graphdef=graphdef))
+    with sharding.inside(mesh):
+        placed = prepared.lower(params).compile()
+    prepared = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(prepared, params),
+        placed.output_shardings,
+    )
     tokens = jax.ShapeDtypeStruct(
         (rows, source_length), "int32", sharding=sharding.batch_sharding(mesh)
     )
     decode = jax.jit(
-        partial(decode_batch, graphdef=graphdef, config=run.evaluate.decoding()),
+        partial(decode_prepared, graphdef=graphdef, config=run.evaluate.decoding()),
         static_argnames=("max_length",),
         compiler_options=compiler_options(mesh.devices.flat[0]),
     )
     with sharding.inside(mesh):
-        lowered = decode.lower(params, tokens, max_length=max_length)
+        lowered = decode.lower(prepared, tokens, max_length=max_length)
     kinds = {
-        "parameters": _bytes_a_chip(params),
+        "parameters": _bytes_a_chip(prepared),
         "KV cache": cache_bytes(run.model, rows * run.evaluate.beams, max_length) // multiple,
         "cross keys and values": cache_bytes(run.model, rows, source_length) // multiple,
     }
-    _, memory = _compile(lowered, kinds, topology, mesh, quick, hbm_bytes)
+    _, memory = _compile(lowered, kinds, host, mesh, quick, hbm_bytes)
     return DecodePlan(
+        num_chips=mesh.size,
         rows=rows,
         source_length=source_length,
         max_length=max_length,
         memory=memory,
         model_flops=flops.decode_flops(run.model, rows * source_length, rows * max_length),
     )
+
+
+def decode_prepared(prepared: DecodingParams, tokens: jax.Array, **settings) -> jax.Array:
+    """`decode_batch` with parameters as `ContinuousDecoder` holds them."""
+    return decode_batch(prepared.params, tokens, layers=prepared.layers, **settings)
 
 
 def cache_bytes(config: T5Config, rows: int, length: int) -> int:
@@ -467,7 +508,8 @@ def report_decoding(plan: DecodePlan) -> list[str]:
     """Lines: does decoding fit."""
     what = f"{plan.rows} rows of {plan.source_length} tokens, up to {plan.max_length} decoded"
     flops_line = f"  model FLOPs           {plan.model_flops:.3e} a batch, all chips"
-    return ["", f"decode, one chip: {what}", *report_memory(plan.memory), flops_line]
+    where = f"one chip of the host's {plan.num_chips}" if plan.num_chips > 1 else "one chip"
+    return ["", f"decode, {where}: {what}", *report_memory(plan.memory), flops_line]
 
 
 def report_memory(memory: Memory) -> list[str]:
@@ -517,8 +559,10 @@ def report_bounds(plan: TrainPlan) -> list[str]:
     )
     for roof, num_bytes, bandwidth in roofs:
         name = f"{roof}: {num_bytes / 1e9:.1f} GB at {bandwidth / 1e9:.0f} GB/s"
-        intensity = f"{per_chip / num_bytes:8.0f} {chip.peak_flops / bandwidth:8.0f}"
-        lines.append(f"  {name:<34} {bounds[roof] * 1e3:7.1f} ms {intensity if num_bytes else ''}")
+        line = f"  {name:<34} {bounds[roof] * 1e3:7.1f} ms"
+        if num_bytes:  # one chip sends nothing
+            line += f" {per_chip / num_bytes:8.0f} {chip.peak_flops / bandwidth:8.0f}"
+        lines.append(line)
     most_mfu = plan.model_flops / secs / plan.topology.num_chips / chip.peak_flops
     lines.append(
         f"  {binding} binds: no step is shorter than {secs * 1e3:.1f} ms, so at most "

@@ -200,6 +200,8 @@ class Engine:
                 "wait. Send fewer inputs"
             )
         with self._lock:
+            if self.state != "ready":  # it has ended since
+                raise Overloaded(f"the student is {self.state}")
             if self._num_waiting + len(works) > self.config.max_queue:
                 raise Overloaded(
                     f"{self._num_waiting} labels and rationales are waiting; at most "
@@ -207,8 +209,8 @@ class Engine:
                 )
             self._num_waiting += len(works)
             self.metrics.waiting.set(self._num_waiting)
-        for work in works:
-            self._queue.put(work)
+            for work in works:
+                self._queue.put(work)
         return works
 
     def _prepare(self, name: str, kind: str, text: str) -> Work:
@@ -245,14 +247,18 @@ class Engine:
             self.state = "ready"
             print(f"ready after {time.perf_counter() - started_secs:.1f} s", flush=True)
             self._decode_until_stopped(streams, accepted)
-            self.state = "stopped"
+            state, reason = "stopped", Overloaded("the student is stopped")
         except Exception as error:
             traceback.print_exc()
-            self.state = "failed"
+            state, reason = "failed", error
+        with self._lock:  # `submit` looks at the state and puts under it too: nothing comes after
+            self.state = state
             while not self._queue.empty():
-                accepted.add(self._queue.get())
-            for work in accepted - {None}:
-                work.future.set_exception(error)
+                work = self._queue.get()
+                if work is not None and work.future.set_running_or_notify_cancel():
+                    accepted.add(work)
+        for work in accepted:
+            work.future.set_exception(reason)
 
     def _decode_until_stopped(self, streams: dict, accepted: set[Work]) -> None:
         waiting = {place: collections.deque() for place in streams}

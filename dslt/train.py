@@ -164,7 +164,8 @@ def train(
       run: where metrics and checkpoints go. Where it has checkpoints, the newest is resumed.
 
     Raises:
-      InputError: before anything compiles, where the start cannot be used.
+      InputError: before anything compiles, where the start cannot be used; and where steps that
+        are not finite end the training.
     """
     distributed.check_joined()
     mesh = sharding.make_mesh(mesh_config)

@@ -18,6 +18,7 @@ May import the standard library and tensorboardX (no TensorFlow, no JAX).
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -127,6 +128,25 @@ class RunDir:
         the start. A training that was killed without a word has left `running`.
         """
         return read_json(self.info).get("state") if self.info.exists() else None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no other process trains here; of other hosts, where the file system says so.
+
+        Raises:
+          InputError: another one does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".train.lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{self.path}: another process trains here; wait for its end, or stop it first"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
 
     @contextlib.contextmanager
     def beating(self, every_secs: float = HEARTBEAT_SECS) -> Iterator[None]:

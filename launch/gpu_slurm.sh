@@ -3,7 +3,10 @@
 # system that all nodes see; flags of sbatch override the ones below:
 #
 #   sbatch --nodes=2 launch/gpu_slurm.sh train runs/step_by_step.gin settings/paper.gin \
-#     models/t5_v1_1_large.gin --run_dir runs/paper
+#     models/t5_v1_1_large.gin --run_dir runs/paper \
+#     --gin "pipeline.DataConfig.records = ('runs/svamp/records/records.jsonl',)" \
+#     --gin "pipeline.DataConfig.vocabulary = 'path/to/t5-v1_1-large'" \
+#     --gin "train.TrainConfig.init_from = 'path/to/t5-v1_1-large'"
 #
 # A line of `dslt sweep … --list` is such a command too, for --gpus-per-node=1 --ntasks-per-node=1.
 # train and evaluate run on every GPU, other commands in one process. At the time limit dslt finishes

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole job on this machine's CPU, on the embedded problems: problems → the scripted teacher's
 # rationales → a tiny student trained with both losses, its checkpoints followed by the evaluator →
-# export → three held-out problems answered. About four minutes on two cores after the install.
+# export → three held-out problems answered. About three minutes on two cores after the install.
 #
 #   bash launch/local.sh [output directory, default runs/facts]
 set -euo pipefail

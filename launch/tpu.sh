@@ -3,8 +3,11 @@
 #
 #   export DSLT_TPU_NAME=paper DSLT_TPU_ZONE=us-west4-a DSLT_TPU_PROJECT=my-project
 #   bash launch/tpu.sh create --slice slices/t5_v1_1_xl_v5e_4x4.gin --spot
-#   bash launch/tpu.sh run --bucket my-bucket --recreate 5 -- train runs/step_by_step.gin \
-#     settings/paper.gin slices/t5_v1_1_xl_v5e_4x4.gin --run_dir /mnt/dslt/paper
+#   bash launch/tpu.sh run --spot --bucket my-bucket --recreate 5 -- train runs/step_by_step.gin \
+#     settings/paper.gin slices/t5_v1_1_xl_v5e_4x4.gin --run_dir /mnt/dslt/paper \
+#     --gin "pipeline.DataConfig.records = ('/mnt/dslt/records/records.jsonl',)" \
+#     --gin "pipeline.DataConfig.vocabulary = '/mnt/dslt/t5-v1_1-xl'" \
+#     --gin "train.TrainConfig.init_from = '/mnt/dslt/t5-v1_1-xl'"
 #   bash launch/tpu.sh delete
 #
 # create  makes the slice, and refuses to make it twice
@@ -19,7 +22,8 @@
 # delete  deletes the slice
 #
 # What a run writes must lie below /mnt/dslt, a directory that all workers share and that outlives
-# the slice: a bucket (--bucket) or a Filestore share (--filestore).
+# the slice: a bucket (--bucket) or a Filestore share (--filestore). What it reads lies there too: the
+# records, and the download that vocabulary and weights are in.
 #
 # Flags, and the environment that they default to:
 #   --name, --zone, --project     DSLT_TPU_NAME, DSLT_TPU_ZONE, DSLT_TPU_PROJECT; no other default

@@ -18,6 +18,7 @@ from dslt.core.optimizer import OptimizerConfig
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
 from dslt.data.vocabulary import ByteVocabulary
+from dslt.errors import InputError
 from dslt.main import main
 from dslt.train import TrainConfig
 
@@ -76,6 +77,12 @@ def test_instructions_are_counted_where_they_were_traced():
         "add.5": "decoder norm",
         "dot.6": "output_layer",
     }
+
+
+def test_attention_for_another_kind_of_device_is_refused(batches):
+    model = dataclasses.replace(MODEL, attention="flash")
+    with pytest.raises(InputError, match="'flash' is for TPUs"):
+        StepBench(TrainConfig(), model, OptimizerConfig(), ONE_DEVICE, batches[0])
 
 
 def test_the_time_of_a_step_is_shared_out(batches):

@@ -115,12 +115,20 @@ def test_a_broken_gin_file_is_an_input_error(text, says, tmp_path, monkeypatch):
         "train.TrainConfig.rationale_weight = 1e999",
         "t5.T5Config.d_model = 4294967296",
         r"pipeline.DataConfig.vocabulary = 'a\0b'",
+        "pipeline.DataConfig.mixture_rates = {'facts': 'high'}",
+        "pipeline.DataConfig.mixture_rates = {1: 1.0}",
         r"pipeline.DataConfig.records = ('\ud800',)",
     ],
 )
 def test_a_value_that_no_run_can_hold_is_an_input_error(override):
     with pytest.raises(InputError, match="expected"):
         parse(["settings/facts.gin"], [override])
+
+
+def test_mixture_rates_are_numbers_by_dataset():
+    rates = {"facts": 2, "sums": 0.5}
+    override = f"pipeline.DataConfig.mixture_rates = {rates}"
+    assert parse(["settings/facts.gin"], [override]).data.mixture_rates == rates
 
 
 def test_a_gin_file_runs_nothing(tmp_path, monkeypatch):

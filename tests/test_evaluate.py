@@ -136,6 +136,7 @@ def test_a_prediction_keeps_its_probability(decoder, inputs, sets):
         ({"answers": "trie", "strategy": "beam"}, "expected strategy 'greedy', or answers"),
         ({"strategy": "sample", "top_p": 2.0}, "EvalConfig.top_p is 2.0; expected 0 < top_p <= 1"),
         ({"max_label_length": 0}, "max_label_length is 0; expected >= 1"),
+        ({"poll_secs": -1.0}, "EvalConfig.poll_secs is -1.0; expected 0 or more seconds"),
     ],
     ids=str,
 )

@@ -147,6 +147,25 @@ def test_one_checkpoint_is_judged_again_with_other_settings(run, capsys):
     assert all(p.rationale is None for p in predictions)
 
 
+def test_what_is_known_of_splits_that_are_not_judged_again_stays(run, tmp_path, capsys):
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
+    [best] = finished_steps(copy.best)
+    files = [copy.evaluation(best) / name for name in ("metrics.json", "predictions.jsonl")]
+    before = read_json_rows(copy.evaluations), read_json(files[0]), list(read_predictions(files[1]))
+    args = ["--step", str(best), "--gin", "evaluate.EvalConfig.splits = ('test',)"]
+    assert main(["evaluate", "--run_dir", str(copy.path), *args]) == 0
+    assert finished_steps(copy.best) == [best]
+    assert f"best on validation: step {best}:" in capsys.readouterr().out
+    rows, figures = read_json_rows(copy.evaluations), read_json(files[0])
+    timeless = [[row | {"secs": 0} for row in each] for each in (rows, before[0])]
+    assert timeless[0] == timeless[1] and figures | {"secs": 0} == before[1] | {"secs": 0}
+    was, now = (
+        sorted((p.split, p.id, p.prediction) for p in each)
+        for each in (before[2], read_predictions(files[1]))
+    )
+    assert now == was and {split for split, *_ in now} == {"validation", "test"}
+
+
 def test_a_best_checkpoint_judged_again_and_worse_gives_way(run, tmp_path, capsys):
     copy = RunDir(tmp_path / "run")
     shutil.copytree(run.path, copy.path)
@@ -468,6 +487,8 @@ def test_answers_that_are_the_same_tokens_are_one():
         ("a/train.TrainConfig.seed = 1", "a/train.TrainConfig.seed binds nothing here"),
         ("train.TrainConfig.keep_checkpoints = 0", "keep_checkpoints is 0; expected >= 1"),
         ("t5.T5Config.num_heads = 0", "num_heads is 0; expected >= 1"),
+        ("t5.T5Config.relative_attention_max_distance = -5", "expected more than half of"),
+        ("optimizer.OptimizerConfig.beta1 = 1.0", "beta1 is 1.0; expected 0 <= beta1 < 1"),
         ("evaluate.EvalConfig.rows = 0", "rows is 0; expected >= 1"),
         ("train.TrainConfig.rationale_weight = 'one'", "is 'one'; expected float"),
         ("train.TrainConfig.rationale_weight = -1.0", "expected 0 or more"),
@@ -500,6 +521,7 @@ def test_a_mistyped_config_is_one_message_and_no_run(override, says, records, tm
         (["evaluate", "--run_dir", "none"], "expected a directory of `dslt train`"),
         (["evaluate", "--predictions", "none.jsonl"], "none.jsonl: cannot be read"),
         (["evaluate", "--predictions", "x", "--follow"], "expected no --follow, --step or --gin"),
+        (["evaluate", "--run_dir", "x", "--follow", "--step", "3"], "expected no --follow beside"),
         (
             ["extract", "--dataset", "facts", "--output_dir", "x", "--model", "m", "--dry_run"],
             "--model, --dry_run given, but no teacher; expected --teacher endpoint",

@@ -55,6 +55,25 @@ def test_the_card_says_what_the_run_knows(run):
     assert "Licence of the student: *to be filled in*" in card
 
 
+@pytest.mark.parametrize(
+    ("weight", "settings", "expected"),
+    [
+        (0.0, "pipeline.DataConfig.target_layout = 'rationale_label'", "rationale, then its label"),
+        (0.0, "pipeline.DataConfig.target_layout = 'label_rationale'", "label, then its rationale"),
+        (0.0, "pipeline.DataConfig.target_layout = 'rhyme'", "| method | unknown |"),
+        (1.0, "pipeline.DataConfig.shared_encoder = True", "one encoder pass"),
+        (1.0, "pipeline.DataConfig.shuffle_rationales = True", "each rationale another example"),
+        (1.0, "train.TrainConfig.consistency_weight = 0.1", "a consistency term of weight 0"),
+        (1.0, "pipeline.DataConfig.train_fraction = 0.25", "| share of the train split | 0\\.25 |"),
+    ],
+)
+def test_the_card_tells_methods_and_shares_of_the_data_apart(run, weight, settings, expected):
+    write_json(run.info, {"rationale_weight": weight})
+    assert expected not in write_card("student", run, 5, StudentFormat())
+    run.config.write_text(run.config.read_text() + settings + "\n")
+    assert expected in write_card("student", run, 5, StudentFormat())
+
+
 def test_what_nobody_knows_is_unknown(run):
     card = write_card("student", None, None, StudentFormat())
     assert card.count(UNKNOWN) > 8 and "model-index" not in card

@@ -150,10 +150,39 @@ def test_the_command_on_host_devices(capsys):
     assert text.count(": fits") == 2  # the step and the decode loop
 
 
+def test_one_gpu_sends_nothing_and_has_roofs(capsys):
+    shape = ["--rows", "2", "--source_length", "32", "--target_length", "16"]
+    assert main([*FACTS, "--topology", "h100:1", *shape]) == 0
+    text = capsys.readouterr().out
+    assert "links: 0.0 GB" in text and re.search(r"(compute|memory) binds", text)
+
+
+def test_decoding_is_planned_on_one_hosts_chips():
+    """As `dslt evaluate` does it: each host has the whole student."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[tpu]'")
+    run = dataclasses.replace(RUN, mesh=MeshConfig(data=1, fsdp=16))
+    found = plan.plan_decoding(run, parse_topology("v5e:4x4"), quick=True)
+    assert found.num_chips == 4
+    num_params = t5.count_params(t5.abstract_params(MODEL)[1])
+    assert found.memory.kinds["parameters"] > num_params * 4 / 4
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         (["--topology", "v5:4x8"], "expected a TPU slice"),
+        (
+            ["--topology", "cpu:1", "--gin", "t5.T5Config.attention = 'flash'"],
+            "'flash' is for TPUs",
+        ),
+        (
+            [
+                *("--topology", "h100:1", "--gin", "t5.T5Config.attention = 'cudnn'"),
+                *("--gin", "t5.T5Config.dtype = 'bfloat16'", "--gin"),
+                "t5.T5Config.attention_dropout_rate = 0.0",
+            ],
+            "there is no cuDNN",
+        ),
         (["--topology", "cpu:8", "--gin", "sharding.MeshConfig.fsdp = 3"], "MeshConfig"),
         (["--topology", "cpu:99"], "host devices"),
     ],

@@ -274,6 +274,13 @@ def test_what_is_loopback(host, expected):
     assert is_loopback(host) is expected
 
 
+@pytest.mark.parametrize("port", ["-1", "65536", "http"])
+def test_a_port_that_there_cannot_be_is_refused_before_the_student_is_read(port, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", "--student", "none", "--port", port])
+    assert "argument --port: " in capsys.readouterr().err
+
+
 def test_a_port_in_use_is_said_without_a_traceback(student, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

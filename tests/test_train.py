@@ -234,6 +234,17 @@ def test_a_run_goes_on_on_other_numbers_of_devices(
             np.testing.assert_array_equal(array[:rows], other)
 
 
+def test_two_processes_do_not_train_in_one_directory(undisturbed, records, tmp_path, capsys):
+    run = RunDir(Path(shutil.copytree(undisturbed.path, tmp_path / "run")))
+    before = {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    more = [*train_args(records, run.path), "--gin", "train.TrainConfig.log_every_steps = 2"]
+    with run.held():
+        assert main(more) == 2
+        assert f"{run.path}: another process trains here" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()} == before
+    assert main(more) == 0
+
+
 # ---------------------------------------------------------------------------------- branches
 
 
@@ -310,6 +321,15 @@ def test_what_cannot_be_branched_from_is_one_message(undisturbed, records, tmp_p
     both = [*train_args(records, tmp_path / "run", init), "--branch_from", str(undisturbed.path)]
     assert main(both) == 2
     assert "expected one of them" in capsys.readouterr().err
+    branch = ["--branch_from", str(undisturbed.path)]
+    for number, rule in enumerate(("name = 'adafactor'", "weight_decay = 0.1")):
+        changed = f"optimizer.OptimizerConfig.{rule}"
+        args = train_args(records, tmp_path / str(number), changed)
+        assert main([*args, *branch]) == 2
+        message = capsys.readouterr().err
+        assert "its optimizer's state is of another kind" in message
+        newest = undisturbed.checkpoints / str(NUM_STEPS)
+        assert f"train.TrainConfig.init_from = '{newest}'" in message
 
 
 # ----------------------------------------------------------------------------------- numbers
@@ -355,6 +375,12 @@ def test_a_run_stops_before_a_step_that_is_not_finite(
         assert "loss nan" in lines and "every parameter is finite" in lines
         assert "gradient decoder/" in lines
         assert main(train_args(records, run.path, EVERY_THIRD)) == 2  # it meets it again
+    kept = run.nonfinite(BAD_STEP) / "batch.npz"
+    whole = kept.read_bytes()
+    for part in (whole[:-30], b""):
+        kept.write_bytes(part)
+        assert main(["replay", str(kept.parent)]) == 2
+        assert f"{kept}: cannot be read" in capsys.readouterr().err
     assert main(train_args(records, run.path, EVERY_THIRD)) == 0
     assert_same(params_of(run), params_of(undisturbed))
     rows = logged_steps(run)

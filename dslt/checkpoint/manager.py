@@ -192,15 +192,27 @@ class CheckpointManager:
 
         Of a checkpoint in which `find_damage` has found none: what Orbax does with another is its
         own affair.
+
+        Raises:
+          InputError: the state is of another model, or of another optimizer.
         """
         self._check_shapes(step, abstract.params)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                opt_state=ocp.args.StandardRestore(abstract.opt_state),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            opt_state=ocp.args.StandardRestore(abstract.opt_state),
         )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except ValueError as error:
+            if "tree structures do not match" not in str(error):
+                raise
+            path = self.directory / str(step)
+            raise InputError(
+                f"{path}: its optimizer's state is of another kind than the config asks for "
+                "(optimizer.OptimizerConfig.name, or weight_decay, which is zero in one of them). "
+                "Ask for the same, or begin with its parameters alone: "
+                f"train.TrainConfig.init_from = {str(path)!r}"
+            ) from None
         step_array = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
         return TrainState(step_array, restored["params"], restored["opt_state"])
 

@@ -45,20 +45,29 @@ def load(path: Path, mesh: jax.sharding.Mesh) -> tuple:
 
     Where its attention is for another kind of device than the mesh's, it is plain here.
     """
+    config, graphdef, params = load_to_host(path, mesh)
+    abstract = sharding.with_shardings(mesh, t5.abstract_params(config)[1])
+    return config, graphdef, jax.tree.map(_place, params, abstract)
+
+
+def load_to_host(path: Path, mesh: jax.sharding.Mesh) -> tuple:
+    """As `load`, with the parameters as numpy arrays, for who is to place them in another dtype."""
     if is_hugging_face(path):
-        config = hf_t5.read_config(path)
+        config, params = hf_t5.load_params(path)
     else:
         directory, step = find_checkpoint(path)
         with CheckpointManager(directory, read_only=True) as manager:
             config = manager.layout(step).model
+            params = manager.restore_params(step, host_arrays(config))
     if not attention.runs_on(config.attention, mesh.devices.flat[0].platform):
         config = dataclasses.replace(config, attention="plain")
-    graphdef, abstract = t5.abstract_params(config)
-    placed = sharding.with_shardings(mesh, abstract)
-    if is_hugging_face(path):
-        return config, graphdef, read_params(path, config, placed)
-    with CheckpointManager(directory, read_only=True) as manager:
-        return config, graphdef, manager.restore_params(step, placed)
+    return config, t5.abstract_params(config)[0], params
+
+
+def host_arrays(config: T5Config) -> dict:
+    """Parameters that `CheckpointManager.restore_params` is to restore as numpy arrays."""
+    abstract = t5.abstract_params(config)[1]
+    return jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
 
 
 def is_hugging_face(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 
 from dslt.errors import InputError
 
@@ -42,6 +43,22 @@ def positive(text: str) -> int:
     """An argparse type."""
     value = int(text)
     if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def natural(text: str) -> int:
+    """An argparse type: 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: more than 0, and finite."""
+    value = float(text)
+    if not 0 < value < math.inf:
         raise ValueError(text)
     return value
 

@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from dslt.commands.arguments import add_command, add_gin_flag, positive
+from dslt.commands.arguments import add_command, add_gin_flag, natural, positive
 from dslt.commands.train import open_train_stream
 from dslt.errors import InputError
 
@@ -20,7 +20,7 @@ def add(commands) -> None:
     )
     command.add_argument("--steps", type=positive, default=10, help="measured train steps")
     command.add_argument(
-        "--decode", type=int, default=64, metavar="INPUTS", help="decoded inputs; 0 for none"
+        "--decode", type=natural, default=64, metavar="INPUTS", help="decoded inputs; 0 for none"
     )
     command.add_argument("--repetitions", type=positive, default=3, help="of all decoded inputs")
     command.add_argument("--output", help="a JSON file for the figures")

@@ -42,6 +42,8 @@ def evaluate_here(args) -> int | None:
     Returns 1 where it followed a training that has given no sign of life for too long.
     """
     start_processes(args)
+    if args.follow and args.step:
+        raise InputError("--step names checkpoints that are there; expected no --follow beside it")
     if args.predictions:
         print(score_again(args))
         return None

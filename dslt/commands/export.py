@@ -26,6 +26,11 @@ def export(args) -> None:
     path, output = local_student(args.student), Path(args.output_dir)
     format, vocabulary = student_files(path)
     mesh = sharding.make_mesh(sharding.MeshConfig())
+    run, step = None, None
+    if not student.is_hugging_face(path):
+        checkpoints, step = student.find_checkpoint(path)
+        run = RunDir(checkpoints.parent)
+        path = checkpoints / str(step)  # the card is of this one, whatever is saved meanwhile
     model_config, _, params = student.load(path, mesh)
     hf_t5.save(
         output,
@@ -35,9 +40,5 @@ def export(args) -> None:
         max_target_tokens=format.max_target_length,
     )
     format.write(output / "student.json")
-    run, step = None, None
-    if not student.is_hugging_face(path):
-        checkpoints, step = student.find_checkpoint(path)
-        run = RunDir(checkpoints.parent)
     write_text(output / "README.md", write_card(output.name, run, step, format))
     print(f"exported {path} to {output}: a Hugging Face T5 directory")

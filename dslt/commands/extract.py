@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dslt import strict_json
-from dslt.commands.arguments import add_command, fields_of, positive, require
+from dslt.commands.arguments import add_command, fields_of, natural, positive, require
 from dslt.errors import InputError
 from dslt.signals import INTERRUPTED
 from dslt.terminal import printable
@@ -31,7 +31,7 @@ def add(commands) -> None:
     command.add_argument("--output_dir", required=True, help="where records.jsonl goes")
     command.add_argument("--data_dir", help="the released layout's directory, or TFDS's")
     command.add_argument("--tfds", action="store_true", help="read the problems through tfds.load")
-    command.add_argument("--seed", type=int, default=0, help="of problems and held-out rows")
+    command.add_argument("--seed", type=natural, default=0, help="of problems and held-out rows")
     command.add_argument(
         "--validation_fraction",
         type=float,
@@ -56,7 +56,9 @@ def add(commands) -> None:
     table.add_argument("--input_file", help="a .jsonl, .json or .csv file")
     table.add_argument("--input_column", action="append", default=[], help="may be repeated")
     table.add_argument("--label_column")
-    table.add_argument("--rationale_column", help="explanations that the table already has")
+    table.add_argument(
+        "--rationale_column", help="explanations that the table already has; without a teacher"
+    )
     table.add_argument("--id_column")
     table.add_argument("--split_column", help="train, validation or test in each row")
     table.add_argument("--answer_form", default="text", choices=("text", "equation"))
@@ -164,6 +166,8 @@ TEACHER_FLAGS = (
     "merge_from", "write_batch", "read_batch", "retry_with_hint", "min_words", "max_words",
     "max_question_overlap",
 )  # fmt: skip
+# With one of these nothing is sent.
+SILENT_FLAGS = ("offline", "merge_from", "write_batch", "read_batch")
 
 
 def extract(args) -> int | None:
@@ -175,6 +179,16 @@ def extract(args) -> int | None:
             f"{', '.join(idle)} given, but no teacher; expected --teacher endpoint, scripted or "
             "released with it"
         )
+    if args.rationale_column and not is_unexplained:
+        raise InputError(
+            f"--rationale_column is {args.rationale_column!r} beside a teacher, whose rationales "
+            "would replace the table's; expected one of the two, so leave --rationale_column or "
+            "the teacher out"
+        )
+    if args.tfds:
+        from dslt.data.datasets import DATASET_OF_TFDS_NAME
+
+        args.dataset = DATASET_OF_TFDS_NAME.get(args.dataset, args.dataset)
     examples = read_problems(args)
     if is_unexplained:
         print(write_unexplained(examples, args.output_dir))
@@ -197,7 +211,7 @@ def extract(args) -> int | None:
         questions = extraction.plan_all(examples, rows, teachers)
         print(printable(describe_dry_run(args, examples, questions, config.prices)))
         return 0
-    is_silent = args.offline or args.merge_from or args.write_batch or args.read_batch
+    silent = [f"--{flag}" for flag in SILENT_FLAGS if getattr(args, flag)]
     with CompletionStore(args.output_dir) as store:
         say_what_was_found(store)
         for directory, answers in shards.merge_stores(store, args.merge_from).items():
@@ -205,7 +219,7 @@ def extract(args) -> int | None:
         if args.read_batch:
             print(take_in_batches(args, examples, rows, teachers, store))
         questions, stats = extraction.ask_teachers(
-            examples, rows, teachers, store, None if is_silent else config, args.retry_with_hint
+            examples, rows, teachers, store, None if silent else config, args.retry_with_hint
         )
         if stats.attempts:
             print(extraction.format_stats(stats))
@@ -225,9 +239,10 @@ def extract(args) -> int | None:
         summary = extraction.write_extraction(examples, rows, questions, store, filters)
     print(printable(extraction.format_summary(summary, config.prices)))
     if unanswered:
+        without = f"without {', '.join(silent)} " if silent else ""
         print(
-            f"{len(unanswered):,} questions have no answer; the same command "
-            f"{'without --offline ' if args.offline else ''}asks them again"
+            f"{len(unanswered):,} questions have no answer; the same command {without}asks them "
+            "again"
         )
     print(f"records: {summary.records_path}")
     return 0
@@ -298,6 +313,11 @@ def make_teacher(args, examples: list):
             ),
         )
     if args.teacher == "released":
+        if args.shard:
+            raise InputError(
+                f"--shard is {args.shard}, but the released completions are found by their rows, "
+                "all of them, and nobody is asked; expected --teacher released without --shard"
+            )
         completions = read_completions(require(args, "data_dir"), examples)
         return LocalTeacher(
             args.name or "released",
@@ -313,6 +333,11 @@ def make_teacher(args, examples: list):
         raise InputError(f"--extra_body is no JSON ({error}); expected an object") from None
     if not isinstance(extra_body, dict):
         raise InputError(f"--extra_body is {args.extra_body}; expected a JSON object")
+    if type(extra_body.get("seed", 0)) not in (int, type(None)):
+        raise InputError(
+            f"--extra_body has the seed {extra_body['seed']!r}; expected a whole number, to which "
+            "each sample adds its own"
+        )
     return EndpointTeacher(
         args.name or model,
         **shared,

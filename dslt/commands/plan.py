@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from dslt.commands.arguments import add_command, add_gin_flag, positive
+from dslt.commands.arguments import add_command, add_gin_flag, positive, positive_float
 
 
 def add(commands) -> None:
@@ -22,13 +22,13 @@ def add(commands) -> None:
     command.add_argument(
         "--quick",
         action="store_true",
-        help="compile with little effort: a tenth of the time, memory within 13 percent",
+        help="compile with little effort: a fifth of the time, memory within 13 percent",
     )
     command.add_argument(
         "--search", action="store_true", help="find the largest batch and the smallest slice"
     )
     command.add_argument(
-        "--hbm_gib", type=float, help="memory of a chip, in place of what is known"
+        "--hbm_gib", type=positive_float, help="memory of a chip, in place of what is known"
     )
     shape = command.add_argument_group("batch, where the records are not at hand")
     shape.add_argument("--rows", type=positive, help="of a step")

@@ -14,7 +14,7 @@ def add(commands) -> None:
     command = add_command(commands, "serve", serve, "answer over HTTP, with a page to try it")
     add_student_flag(command)
     command.add_argument("--host", default="127.0.0.1", help="the address to listen on")
-    command.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    command.add_argument("--port", type=port, default=8080, help="0 takes a free one")
     given = {"default": argparse.SUPPRESS}  # the defaults are ServeConfig's
     command.add_argument("--rows", type=positive, help="decoded at a time", **given)
     command.add_argument(
@@ -85,6 +85,14 @@ def serve(args) -> None:
             file=sys.stderr,
         )
     http.serve(http.make_app(engine, path.name), args.host, args.port, config.stop_secs)
+
+
+def port(text: str) -> int:
+    """An argparse type: 0 to 65535."""
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"found {text}; expected 0 to 65535")
+    return value
 
 
 def is_loopback(host: str) -> bool:

@@ -50,15 +50,18 @@ def train_here(args) -> int:
     configs = config.parse(args.gin_files, [*args.gin, *bindings])
     run = RunDir(Path(args.run_dir))
     changes = []
-    with distributed.main_first():
-        if distributed.is_main():  # before it writes the new config, which the others would find
-            changes = config.check_run(run, configs)
-        stream, vocabulary = open_train_stream(run, configs)
-        if distributed.is_main():
-            write_text(run.config, configs.text)
-    distributed.check_same("the config", configs.text)
-    distributed.check_same("the digest of the records", list(stream.records_digests.values()))
     with contextlib.ExitStack() as stack:
+        with distributed.main_first():
+            if (
+                distributed.is_main()
+            ):  # before it writes the new config, which the others would find
+                stack.enter_context(run.held())
+                changes = config.check_run(run, configs)
+            stream, vocabulary = open_train_stream(run, configs)
+            if distributed.is_main():
+                write_text(run.config, configs.text)
+        distributed.check_same("the config", configs.text)
+        distributed.check_same("the digest of the records", list(stream.records_digests.values()))
         if distributed.is_main():
             stack.enter_context(run.beating())
             stack.enter_context(stopped_by_errors(run))

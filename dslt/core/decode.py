@@ -136,6 +136,7 @@ def decode_batch(
     max_length: int,
     answers: jax.Array | None = None,
     start_id: int = PAD_ID,
+    layers: list[dict] | None = None,
 ) -> jax.Array:
     """Decodes a batch until its last row has ended.
 
@@ -146,13 +147,14 @@ def decode_batch(
       max_length: T, tokens decoded at most, EOS included.
       answers: [B, A, T] int32 as in `Sources`, or None.
       start_id: the decoder's first input.
+      layers: of `t5.unstack_layers(params)`, where they are there already.
 
     Returns:
       [B, T] int32: tokens up to and including EOS, then PAD_ID.
     """
     numbers = jnp.arange(input_tokens.shape[0], dtype=jnp.int32)
     start_ids = jnp.full_like(numbers, start_id)
-    layers = t5.unstack_layers(params)
+    layers = t5.unstack_layers(params) if layers is None else layers
     sources = encode_sources(
         params, layers, input_tokens, numbers, start_ids, answers, graphdef=graphdef
     )

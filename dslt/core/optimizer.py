@@ -44,6 +44,11 @@ class OptimizerConfig:
                     f"OptimizerConfig.{field} is {getattr(self, field)!r}; expected one of "
                     f"{', '.join(allowed)}"
                 )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(
+                    f"OptimizerConfig.{name} is {getattr(self, name)}; expected 0 <= {name} < 1"
+                )
         if self.learning_rate <= 0:
             raise InputError(f"OptimizerConfig.learning_rate is {self.learning_rate}; expected > 0")
         for field in ("warmup_steps", "weight_decay", "clip_norm"):

@@ -69,12 +69,16 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(order_devices(sizes, devices), AXES)
 
 
-def local_mesh(mesh: Mesh) -> Mesh:
-    """This process's devices alone; parameters are split as on `mesh`, as far as these go.
+def local_mesh(mesh: Mesh, process: int | None = None) -> Mesh:
+    """A process's devices alone; parameters are split as on `mesh`, as far as these go.
 
     Programs on it need no other process. The mesh itself in a single process.
+
+    Args:
+      process: its index; this one by default.
     """
-    devices = list(mesh.local_devices)
+    process = jax.process_index() if process is None else process
+    devices = [device for device in mesh.devices.flat if device.process_index == process]
     if len(devices) == mesh.size:
         return mesh
     tensor = math.gcd(mesh.shape["tensor"], len(devices))

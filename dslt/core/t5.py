@@ -94,6 +94,12 @@ class T5Config:
             raise InputError(
                 f"T5Config.relative_attention_num_buckets is {found}; expected at least 4"
             )
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
+            found = self.relative_attention_max_distance
+            raise InputError(
+                f"T5Config.relative_attention_max_distance is {found}; expected more than half of "
+                f"relative_attention_num_buckets, {self.relative_attention_num_buckets}"
+            )
         for field in ("dropout_rate", "attention_dropout_rate"):
             rate = getattr(self, field)
             if rate is not None and not 0.0 <= rate < 1.0:

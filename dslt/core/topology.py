@@ -108,6 +108,11 @@ class Topology:
         return CHIPS[self.version]
 
     @property
+    def platform(self) -> str:
+        """Of its devices, as JAX calls it: `tpu`, `gpu` or `cpu`."""
+        return "tpu" if self.is_tpu else "gpu" if self.chip.is_estimate else "cpu"
+
+    @property
     def num_chips(self) -> int:
         return math.prod(self.shape)
 
@@ -153,6 +158,15 @@ def slices(version: str) -> list[Topology]:
     """The slices of a TPU version that can be rented, the smallest first."""
     shapes = SLICES_3D if version in ("v4", "v5p") else SLICES_2D
     return [Topology(version, tuple(map(int, shape.split("x")))) for shape in shapes.values()]
+
+
+def one_host(topology: Topology) -> Topology:
+    """The chips of one of its hosts: what a program that waits for no other process runs on."""
+    devices = compile_devices(topology)
+    num_own = sum(device.process_index == devices[0].process_index for device in devices)
+    if num_own == topology.num_chips:
+        return topology
+    return next(part for part in slices(topology.version) if part.num_chips == num_own)
 
 
 def cloud_name(topology: Topology) -> str:

@@ -34,6 +34,7 @@ SPLIT_OF_WORD = {
 
 # TFDS has CoS-E v1.11 as its only version, under the plain name; `cos_e/v1.11` is no config there.
 TFDS_NAMES = {"esnli": "esnli", "anli1": "anli/r1", "cqa": "cos_e"}
+DATASET_OF_TFDS_NAME = {"anli": "anli1", "cos_e": "cqa"}  # where the two differ
 
 _MAX_CSV_FIELD_CHARACTERS = 10_000_000
 
@@ -66,13 +67,17 @@ def hold_out_validation(
     split, or no train split, come back as they are.
 
     Raises:
-      InputError: if the fraction leaves no train example or holds out none.
+      InputError: the fraction is no share, leaves no train example or holds out none.
     """
     if any(example.split == "validation" for example in examples):
         return list(examples)
     train = [index for index, example in enumerate(examples) if example.split == "train"]
     if not train:
         return list(examples)
+    if not 0 < fraction < 1:
+        raise InputError(
+            f"the validation fraction is {fraction}; expected a share above 0, below 1"
+        )
     count = math.ceil(fraction * len(train) - 1e-9)  # 0.07 · 100 is 7.000000000000001
     if not 0 < count < len(train):
         raise InputError(
@@ -185,14 +190,13 @@ def read_tfds(
     validation split is the test split, as in the paper.
 
     Args:
-      dataset: a key of TFDS_NAMES, or what TFDS calls it (`anli`, `cos_e`).
+      dataset: a key of TFDS_NAMES.
       data_dir: where TFDS keeps prepared datasets; its own default if None.
       download: whether to download and prepare what is not there.
 
     Raises:
       InputError: for another dataset, or one that TFDS could not load.
     """
-    dataset = {"anli": "anli1", "cos_e": "cqa"}.get(dataset, dataset)
     if dataset not in TFDS_NAMES:
         raise InputError(f"dataset is {dataset!r}; expected one of {', '.join(TFDS_NAMES)}")
     import tensorflow_datasets as tfds  # slow, and nothing else here needs it

@@ -184,6 +184,7 @@ def open_index(cache_dir: str | os.PathLike, path: str | os.PathLike) -> Records
         np.save(directory / "ids.npy", index.ids.tokens)
         np.save(directory / "id_offsets.npy", index.ids.offsets)
         _write_json(directory / "meta.json", {"format": FORMAT, "counts": index.counts})
+        _require_digest(index.path, digest)
 
     directory = _open_or_build(Path(cache_dir), f"records-{digest[:16]}", build)
     counts = _read_meta(directory)["counts"]
@@ -289,6 +290,17 @@ def _build_task(
                 directory, split, _task_chunks(task, split), vocabulary, settings, bar.update
             )
     _write_json(directory / "meta.json", {**key, "counts": counts})
+    _require_digest(index.path, key["records"])
+
+
+def _require_digest(path: Path, digest: str) -> None:
+    """Raises InputError for a file that was replaced since its digest was taken."""
+    now = file_digest(path)
+    if now != digest:
+        raise InputError(
+            f"{path}: changed while its token cache was built (sha256 {now[:16]}, expected "
+            f"{digest[:16]}); nothing is kept, so start again once the file is whole"
+        )
 
 
 def _task_chunks(task, split: str) -> Iterator[tuple]:

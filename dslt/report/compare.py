@@ -19,7 +19,6 @@ from dslt.report.runs import Run
 # What has a place of its own in figures and tables; the other settings tell lines apart.
 _PLACED = ("method", "dataset", "fraction", "model", "seed")
 _TITLES = {
-    "finetuning": "fine-tuning",
     "fine_tuning": "fine-tuning",
     "step_by_step": "step-by-step",
     "step_by_step_teacher": "step-by-step, teacher's labels",

@@ -21,6 +21,7 @@ EXPERIMENT = "experiment.json"
 # Any of these makes a directory a run's.
 RUN_FILES = (EXPERIMENT, "run.json", "config.gin", "metrics.jsonl", "evaluations.jsonl")
 MAX_PROBLEM_CHARACTERS = 300
+ONE_TARGET = ("rationale_label", "label_rationale")  # what target_layout may say beside `label`
 MAX_NUMBER = 10**15  # larger ones are no counts, losses or rates, and overflow in a picture's axes
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -237,21 +238,41 @@ def _check_progress(info, config, evaluations, best, problems: list[str]) -> Non
 
 
 def _derived_settings(info: Mapping, config: Mapping) -> dict:
-    """What a run that was started by hand is, as far as its own files say it."""
+    """What a run that was started by hand is, as far as its own files say it.
+
+    What only a sweep can say is as in its plain runs, so that both are on one line.
+    """
+    settings = {"method": "unknown", "model": "unknown", "fraction": 1.0, "seed": 0}
     weight = info.get("rationale_weight", config.get("train.TrainConfig.rationale_weight"))
-    is_teacher = config.get("pipeline.DataConfig.label_source") == "teacher"
-    settings: dict = {}
     if _is_number(weight):
-        settings["rationale_weight"] = weight
-        method = "step_by_step" if weight else "distillation" if is_teacher else "finetuning"
-        if weight and config.get("pipeline.DataConfig.shared_encoder") is True:
-            method += "_shared"
-        settings["method"] = method + ("_teacher" if weight and is_teacher else "")
+        settings |= {"rationale_weight": weight, "method": _derived_method(weight, config)}
+    if isinstance(source := config.get("pipeline.DataConfig.label_source"), str):
+        settings["label_source"] = printable(source)
+    fraction = config.get("pipeline.DataConfig.train_fraction")
+    if _is_number(fraction) and 0 < fraction <= 1:
+        settings["fraction"] = fraction
     if _is_number(info.get("seed")):
         settings["seed"] = info["seed"]
     if _is_number(info.get("num_params")):
         settings["model"] = f"{info['num_params']:,} parameters"
-    return {"method": "unknown", "model": "unknown", "fraction": 1.0, "seed": 0} | settings
+    return settings | {"variant": "", "budget": "steps", "is_augmented": "False"}
+
+
+def _derived_method(weight: float, config: Mapping) -> str:
+    """The name of the file of gin/runs that makes such a run; several additions are all named."""
+    is_teacher = config.get("pipeline.DataConfig.label_source") == "teacher"
+    layout = config.get("pipeline.DataConfig.target_layout")
+    if not weight and layout not in ONE_TARGET:
+        return "distillation" if is_teacher else "fine_tuning"
+    consistency = config.get("train.TrainConfig.consistency_weight")
+    additions = {
+        "_shared": weight and config.get("pipeline.DataConfig.shared_encoder") is True,
+        "_shuffled": weight and config.get("pipeline.DataConfig.shuffle_rationales") is True,
+        "_consistent": _is_number(consistency) and consistency > 0,
+        "_teacher": is_teacher,
+    }
+    named = "".join(name for name, is_there in additions.items() if is_there)
+    return ("step_by_step" if weight else layout) + named
 
 
 def _flat(given: Mapping, problems: list[str]) -> dict:

@@ -261,6 +261,9 @@ class _Asker:
     async def _attempt(self, request: Request, samples: int) -> list[Answer]:
         """One HTTP exchange; returns its answers, at least one.
 
+        Args:
+          samples: how many of the request's last ones have no answer yet.
+
         Raises:
           _Retry, _Refused: nothing usable came back.
           InputError: and nothing will.
@@ -269,6 +272,8 @@ class _Asker:
         body = {**request.body, "n": samples} if samples > 1 else dict(request.body)
         if samples == 1:
             body.pop("n", None)
+        if "seed" in body:
+            body["seed"] += len(request.keys) - samples  # its own is the first sample's
         self._stats.attempts += 1
         try:
             async with asyncio.timeout(self._config.timeout_secs):

@@ -265,16 +265,9 @@ def format_summary(summary: Summary, prices: Prices | None = None) -> str:
     lines = [f"{columns}  teacher is right"]
     counts: collections.Counter = collections.Counter()
     for split in summary.splits:
-        share = split.accuracy.value
-        right = (
-            "no gold label"
-            if share is None
-            else (f"{100 * share:.1f} % ± {100 * split.accuracy.standard_error:.1f}")
-        )
-        not_asked = f", {split.not_asked:,} not asked" if split.not_asked else ""
         lines.append(
             f"{split.dataset:<10} {split.split:<10} {split.examples:>8,} {split.kept:>8,} "
-            f"{split.examples - split.kept - split.not_asked:>8,}  {right}{not_asked}"
+            f"{split.examples - split.kept - split.not_asked:>8,}  {_format_accuracy(split)}"
         )
         counts.update(split.rejected)
     for name, funnel in summary.funnels.items():
@@ -305,6 +298,14 @@ def format_stats(stats: AskStats) -> str:
         f"sent {stats.attempts:,} requests in {stats.secs:,.1f} s ({rate:,.1f} answers/s): "
         f"{stats.answered:,} answers, {stats.failed:,} failed; tried again: {retries or 'none'}"
     )
+
+
+def _format_accuracy(split: SplitSummary) -> str:
+    if split.not_asked == split.examples:
+        return "not asked"
+    share, error = split.accuracy.value, split.accuracy.standard_error
+    right = "no gold label" if share is None else f"{100 * share:.1f} % ± {100 * error:.1f}"
+    return f"{right}, {split.not_asked:,} not asked" if split.not_asked else right
 
 
 def _ask_pending(

@@ -305,15 +305,30 @@ def _is_near(text: str, choice: str) -> bool:
 
 
 def _legal_label(line: str, labels: Sequence[str]) -> tuple[str | None, str | None]:
-    """The label that the line begins with, in its own spelling, if it names no other."""
+    """The label that the line is, or begins with, in its own spelling, if it names no other.
+
+    Labels of the same words (`C`, `C++`), or of none (`<`), are taken only where one is all of it.
+    """
+    spelt = {normalize_text(label): label for label in labels}
+    whole = normalize_text(line.removesuffix(".").rstrip(_QUOTES))
+    if whole in spelt:
+        return spelt[whole], None
     words = _bare_words(line)
-    bare = {_bare_words(label): label for label in labels}
-    found = [label for label in bare if re.search(rf"(?<!\S){re.escape(label)}(?!\S)", words)]
-    longest = [label for label in found if not any(label in other != label for other in found)]
+    bare: dict[str, list[str]] = {}
+    for label in spelt.values():
+        bare.setdefault(_bare_words(label), []).append(label)
+    found = [
+        label for label in bare if label and re.search(rf"(?<!\S){re.escape(label)}(?!\S)", words)
+    ]
+    longest = [
+        label
+        for label in found
+        if not any(f" {label} " in f" {other} " for other in found if other != label)
+    ]
     if len(longest) > 1:
         return None, TWO_ANSWERS
-    if longest and words.startswith(longest[0]):
-        return bare[longest[0]], None
+    if longest and words.startswith(longest[0]) and len(bare[longest[0]]) == 1:
+        return bare[longest[0]][0], None
     return None, NO_CHOICE
 
 

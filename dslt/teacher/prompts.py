@@ -170,6 +170,8 @@ def _to_prompt(fields: dict, source: str, labels: tuple[str, ...]) -> Prompt:
         if name not in known:
             raise ValueError(f"unknown key {name!r}; expected {', '.join(known)}")
         if name == "exemplars":
+            if not isinstance(value, list):
+                raise ValueError(f"exemplars is {value!r}; expected [[exemplars]] tables")
             fields[name] = tuple(_to_exemplar(each) for each in value)
         elif name in ("labels", "stop"):
             if not isinstance(value, list) or not all(isinstance(each, str) for each in value):

@@ -8,11 +8,10 @@ asks, and nothing is paid twice. The endpoint's address and key are no part of i
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from dslt.errors import InputError
-from dslt.records import Example
+from dslt.records import MAX_WEIGHT, Example
 from dslt.teacher.parse import AnswerForm, answer_form
 from dslt.teacher.prompts import Prompt
 from dslt.teacher.store import Answer, CompletionStore
@@ -38,8 +37,11 @@ class Teacher:
     form: AnswerForm | None = None
 
     def __post_init__(self):
-        if not 0 < self.weight < math.inf:
-            raise InputError(f"teacher {self.name!r}: weight is {self.weight}; expected above 0")
+        if not 0 < self.weight <= MAX_WEIGHT:
+            raise InputError(
+                f"teacher {self.name!r}: weight is {self.weight}; expected above 0, at most "
+                f"{MAX_WEIGHT:,.0f}"
+            )
         if self.samples < 1:
             raise InputError(f"teacher {self.name!r}: samples is {self.samples}; expected above 0")
 
@@ -58,15 +60,9 @@ class LocalTeacher(Teacher):
 
     Attributes:
       complete: (example, sample) to a completion, or None where it has none.
-      given_prompt: which prompt its completions come from, where that is known.
     """
 
     complete: Callable[[Example, int], str | None] = lambda example, sample: None
-    given_prompt: str | None = None
-
-    @property
-    def prompt_digest(self) -> str | None:
-        return self.given_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +98,11 @@ class EndpointTeacher(Teacher):
             raise InputError(f"mode is {self.mode!r}; expected one of {', '.join(PATHS)}")
         if not self.model:
             raise InputError(f"teacher {self.name!r} has no model; expected what to ask for")
+        if self.samples_per_request < 1:
+            raise InputError(
+                f"teacher {self.name!r}: samples_per_request is {self.samples_per_request}; "
+                "expected above 0"
+            )
 
     @property
     def prompt_digest(self) -> str | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dslt.main import main
-from dslt.records import read_examples
+from dslt.records import Example, read_examples
+from dslt.teacher.prompts import load_prompt, prompt_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "teacher"))
 from fault_server import serving
@@ -159,7 +160,8 @@ def test_the_batch_format_out_and_in(tmp_path, monkeypatch, capsys):
     Path("results.jsonl").write_text("\n".join(map(json.dumps, results)))
     assert run_recipe(recipe, "http://127.0.0.1:9/v1", "--read_batch", "results.jsonl") == 0
     out = capsys.readouterr().out
-    assert "27 new answers" in out and "3 questions have no answer" in out
+    assert "27 new answers" in out
+    assert "3 questions have no answer; the same command without --read_batch asks them" in out
     assert run_recipe(recipe, "http://127.0.0.1:9/v1", "--write_batch", "rest.jsonl") == 0
     assert [row["custom_id"] for row in rows_of("rest.jsonl")] == [
         row["custom_id"] for row in requests[-3:]
@@ -199,11 +201,21 @@ def test_several_teachers_side_by_side(tmp_path, capsys):
         (["--teacher", "endpoint", "--model", "m", "--prompt", "x"], "there is no such prompt"),
         (["--teacher", "endpoint", "--model", "m", "--extra_body", "["], "no JSON"),
         (
+            ["--teacher", "endpoint", "--model", "m", "--extra_body", '{"seed": "x"}'],
+            "expected a whole number",
+        ),
+        (
             ["--teacher", "endpoint", "--model", "m", "--api_key_env", "NO_SUCH"],
             "NO_SUCH is not set",
         ),
         (["--teacher", "scripted", "--shard", "3/2"], "such as 1/4"),
         (["--teacher", "scripted", "--weight", "-1"], "weight is -1"),
+        (
+            ["--teacher", "scripted", "--weight", "1e7"],
+            "weight is 10000000.0; expected",
+        ),
+        (["--teacher", "released", "--data_dir", "x", "--shard", "1/2"], "without --shard"),
+        (["--teacher", "scripted", "--rationale_column", "why"], "expected one of the two"),
         (["--teacher", "scripted", "--max_similarity", "2"], "max_similarity is 2.0"),
         (["--teacher", "scripted", "--teachers", "nowhere.json"], "nowhere.json: cannot be read"),
     ],
@@ -227,4 +239,54 @@ def test_what_is_not_asked_about_stays_in_the_records(tmp_path, capsys):
     splits = json.loads((tmp_path / "summary.json").read_text())["splits"]
     assert [(s["not_asked"], s["accuracy"]["total"]) for s in splits] == [(4, 5), (3, 0), (3, 0)]
     assert not (tmp_path / "rejected.jsonl").read_text()
-    assert "4 not asked" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4 not asked" in out and out.count("  not asked\n") == 2
+    assert "no gold label" not in out
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("anli", "anli1"), ("cos_e", "cqa")])
+def test_what_tfds_calls_a_dataset_gets_the_prompt_of_the_dataset(
+    tmp_path, monkeypatch, capsys, name, dataset
+):
+    asked = []
+
+    def read_tfds(dataset, data_dir):
+        asked.append(dataset)
+        return [Example(f"{dataset}-{n}", dataset, "train", f"problem {n}") for n in range(20)]
+
+    monkeypatch.setattr("dslt.data.datasets.read_tfds", read_tfds)
+    flags = ["--teacher", "endpoint", "--model", "m", "--dry_run", "--output_dir", str(tmp_path)]
+    assert main(["extract", "--dataset", name, "--tfds", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert main(["extract", "--dataset", dataset, "--tfds", *flags]) == 0
+    assert asked == [dataset, dataset] and shown == capsys.readouterr().out
+    assert load_prompt(prompt_of(dataset)).instruction.strip() in shown
+
+
+def test_a_tables_own_explanations_are_never_dropped_for_a_teachers(tmp_path, base_url, capsys):
+    table = tmp_path / "mine.csv"
+    write_table(table, ("q", "why"), [(f"what is {n} ?", f"because {n}") for n in range(20)])
+    flags = ["--input_file", str(table), "--input_column", "q", "--rationale_column", "why"]
+    flags += ["--teacher", "endpoint", "--model", "m", "--base_url", base_url]
+    out = tmp_path / "records"
+    assert main(["extract", "--dataset", "mine", *flags, "--output_dir", str(out)]) == 2
+    assert "--rationale_column is 'why' beside a teacher" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--seed", "-1"], "argument --seed: invalid natural value: '-1'"),
+        (["--validation_fraction", "nan"], "the validation fraction is nan"),
+    ],
+)
+def test_how_validation_is_held_out_is_checked(tmp_path, capsys, flags, says):
+    table = tmp_path / "mine.csv"
+    write_table(table, ("q",), [(f"what is {n} ?",) for n in range(20)])
+    flags = ["--input_file", str(table), "--input_column", "q", *flags]
+    try:
+        status = main(["extract", "--dataset", "mine", *flags, "--output_dir", str(tmp_path)])
+    except SystemExit as end:  # argparse's own
+        status = end.code
+    assert status == 2 and says in capsys.readouterr().err

@@ -173,7 +173,10 @@ def test_without_a_train_split_nothing_is_held_out():
     assert hold_out_validation(examples) == examples
 
 
-@pytest.mark.parametrize(("fraction", "train"), [(0.0, 10), (1.0, 10), (0.1, 1)])
+@pytest.mark.parametrize(
+    ("fraction", "train"),
+    [(0.0, 10), (1.0, 10), (0.1, 1), (float("nan"), 10), (float("inf"), 10)],
+)
 def test_fraction_that_empties_a_split_is_refused(fraction, train):
     with pytest.raises(InputError, match="validation fraction"):
         hold_out_validation(make_examples(train), fraction=fraction)

@@ -16,6 +16,7 @@ import crash_build
 import numpy as np
 import pytest
 
+from dslt.data import token_cache
 from dslt.data.token_cache import (
     TaskSettings,
     _load_array,
@@ -220,6 +221,29 @@ def test_a_failed_build_leaves_nothing_and_the_next_one_succeeds(
     names = {path.name.split("-")[0] for path in tmp_path.iterdir() if path.is_dir()}
     assert names == {"records"}
     assert open_task(tmp_path, index, "sums", "label", vocabulary, SHORT).split("train")
+
+
+def test_records_that_change_during_a_build_leave_no_cache(
+    tmp_path, records_path, second_records_path, vocabulary, monkeypatch
+):
+    records, cache_dir = tmp_path / "records.jsonl", tmp_path / "cache"
+    write = token_cache._write_json
+
+    def replace_and_write(path, value):
+        shutil.copy(second_records_path, records)
+        write(path, value)
+
+    shutil.copy(records_path, records)
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache, "_write_json", replace_and_write)
+        with pytest.raises(InputError, match="changed while its token cache was built"):
+            open_index(cache_dir, records)
+        shutil.copy(records_path, records)
+        index = scan_records(records)
+        with pytest.raises(InputError, match="changed while its token cache was built"):
+            open_task(cache_dir, index, "sums", "label", vocabulary, SHORT)
+    assert not list(cache_dir.iterdir())
+    assert open_index(cache_dir, records).datasets == ("more",)
 
 
 def test_only_what_nobody_builds_is_swept(tmp_path, records_path):

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,33 @@ def test_the_manifest_runs_a_planned_slice():
     configs = config.parse(args.gin_files, args.gin)
     for path in (args.run_dir, *configs.data.records):
         assert path.startswith(mount["mountPath"] + "/")
+
+
+def shown_commands(name):
+    """`dslt train` as the file's comments, its code blocks or its manifest show it."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if name.endswith(".yaml"):
+        return [re.findall(r"^ +- (train|[a-z]+/\S+\.gin|--gin=.*|--run_dir=.*)$", text, re.M)]
+    lines = re.sub(r"^#", "", text, flags=re.M).replace("\\\n", " ").splitlines()
+    found = [
+        re.search(r"(?:bash|sbatch) .*(?:-- |slurm\.sh )(train .*settings/paper\.gin.*)", line)
+        for line in lines
+    ]
+    return [shlex.split(match[1]) for match in found if match]
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "launch/tpu.sh", "launch/gpu_slurm.sh", "launch/tpu_gke.yaml"]
+)
+def test_a_command_shown_for_a_cluster_gives_all_that_its_setting_leaves_open(name):
+    (words,) = shown_commands(name)
+    args = build_parser().parse_args(words)
+    setting = config.parse(["runs/step_by_step.gin", "settings/paper.gin"])
+    configs = config.parse(args.gin_files, args.gin)
+    assert configs.data.records != setting.data.records
+    assert configs.data.vocabulary == configs.train.init_from != setting.train.init_from
+    size = configs.train.init_from.rpartition("-")[2]
+    assert configs.model == config.parse([*args.gin_files, f"models/t5_v1_1_{size}.gin"]).model
 
 
 @pytest.mark.parametrize(

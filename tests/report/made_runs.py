@@ -87,7 +87,7 @@ def make_run(path: Path, rows=None, *, steps=(50, 100), state="finished", experi
 
 def make_sweep(path: Path, *, seeds=3, fractions=(0.25, 0.5, 1.0), models=(("tiny_32", 263168),)):
     """Fine-tuning and step-by-step; the latter is better, and passes the teacher on all data."""
-    for method, base, weight in (("finetuning", 0.4, 0.0), ("step_by_step", 0.6, 1.0)):
+    for method, base, weight in (("fine_tuning", 0.4, 0.0), ("step_by_step", 0.6, 1.0)):
         for model, params in models:
             for fraction in fractions:
                 for seed in range(seeds):

@@ -107,12 +107,12 @@ def test_filters_leave_what_they_name(visit):
     assert visit.count() == sum(p.prediction != p.teacher_label for p in ours[:300])
     visit.choose("disagreement", "run ≠ other run")
     assert visit.count() == 0 and "Choose a run beside it" in visit.page.inner_text("#count")
-    visit.choose("other", "finetuning-1-tiny_32-s0")
+    visit.choose("other", "fine_tuning-1-tiny_32-s0")
     differing = [a for a, b in zip(ours[:300], base, strict=False) if a.prediction != b.prediction]
     assert visit.count() == len(differing) > 10
     visit.choose("disagreement", "only this run is right")
     assert visit.count() == sum(a.prediction == a.label for a in differing)
-    assert "finetuning-1-tiny_32-s0" in visit.page.inner_text("#detail")
+    assert "fine_tuning-1-tiny_32-s0" in visit.page.inner_text("#detail")
     visit.choose("dataset", "facts")
     visit.page.fill("#text", "NUMBER 29")
     assert visit.count() == sum(

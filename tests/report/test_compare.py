@@ -77,13 +77,25 @@ def test_lines_are_told_apart_by_what_differs_within_a_method(tmp_path):
         run_with(tmp_path, "a", rationale_weight=1.0, variant=""),
         run_with(tmp_path, "b", rationale_weight=0.5, variant=""),
         run_with(tmp_path, "c", rationale_weight=1.0, variant="shuffled", budget="compute"),
-        run_with(tmp_path, "d", method="finetuning", seed=1),
-        run_with(tmp_path, "e", method="finetuning", seed=2),
+        run_with(tmp_path, "d", method="fine_tuning", seed=1),
+        run_with(tmp_path, "e", method="fine_tuning", seed=2),
     ]
     assert list(compare.line_names(runs).values()) == [
-        "step-by-step, λ 1", "step-by-step, λ 0.5", "step-by-step, λ 1, shuffled, budget compute",
-        "fine-tuning", "fine-tuning",
+        "step-by-step, λ 1, budget steps", "step-by-step, λ 0.5, budget steps",
+        "step-by-step, λ 1, shuffled, budget compute", "fine-tuning", "fine-tuning",
     ]  # fmt: skip
+
+
+def test_a_run_by_hand_is_on_the_line_of_a_sweeps_runs_of_its_method(tmp_path):
+    facts = {
+        "method": "step_by_step", "dataset": "facts", "variant": "", "fraction": 1.0, "model": "",
+        "seed": 1, "rationale_weight": 1.0, "label_source": "gold", "budget": "steps",
+        "is_augmented": False,
+    }  # fmt: skip
+    of_a_sweep = make_run(tmp_path / "sweep", experiment=facts)
+    runs = [read_run(make_run(tmp_path / "hand"), "hand"), read_run(of_a_sweep, "sweep")]
+    (group,) = compare.groups_of(compare.results_of(runs)[0], None)
+    assert group.line == "step-by-step" and len(group.results) == 2
 
 
 def test_what_is_not_compared_is_named(tmp_path):

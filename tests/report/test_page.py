@@ -96,7 +96,7 @@ def test_the_page_is_alone_and_whole(written):
     assert {h["href"][1:] for t, h in elements.tags if t == "a"} <= set(ids)
     assert "step-by-step on 100 % of the data" in elements.text
     assert "teacher 70.0" in elements.text  # inside a picture
-    for name in ("finetuning-0.25-large-s1", "stopped", "nothing", "is empty", "was stopped"):
+    for name in ("fine_tuning-0.25-large-s1", "stopped", "nothing", "is empty", "was stopped"):
         assert name in elements.text
     assert all("aria-label" in a for t, a in elements.tags if a.get("role") in ("img", "region"))
 

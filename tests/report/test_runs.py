@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from made_runs import make_rows, make_run, write_lines
 
+from dslt.config import gin_directory, parse
 from dslt.errors import InputError
 from dslt.report.runs import find_runs, read_config, read_run
 from dslt.workdir import best_row
@@ -99,11 +100,12 @@ def test_a_run_started_by_hand_is_what_its_own_files_say(tmp_path):
     run = read_run(make_run(tmp_path / "a"), "a")
     assert run.settings == {
         "method": "step_by_step", "model": "263,168 parameters", "fraction": 1.0, "seed": 0,
-        "rationale_weight": 1.0,
+        "rationale_weight": 1.0, "label_source": "gold", "variant": "", "budget": "steps",
+        "is_augmented": "False",
     }  # fmt: skip
     assert run.datasets == "facts" and run.num_params == 263168
     path = make_run(tmp_path / "b", rationale_weight=0.0)
-    assert read_run(path, "b").settings["method"] == "finetuning"
+    assert read_run(path, "b").settings["method"] == "fine_tuning"
     config = path / "config.gin"
     config.write_text(config.read_text().replace("'gold'", "'teacher'"))
     assert read_run(path, "b").settings["method"] == "distillation"
@@ -111,6 +113,25 @@ def test_a_run_started_by_hand_is_what_its_own_files_say(tmp_path):
     settings = read_run(path, "b").settings
     assert (settings["method"], settings["fraction"], settings["teacher"]) == ("mine", 0.25, "x")
     assert settings["seed"] == 0
+
+
+METHODS = sorted((gin_directory() / "runs").glob("*.gin"))
+
+
+@pytest.mark.parametrize("file", METHODS, ids=lambda path: path.stem)
+def test_a_run_by_hand_is_of_the_method_that_its_gin_file_is_called(tmp_path, file):
+    configs = parse([f"runs/{file.name}", "settings/facts.gin"])
+    path = make_run(tmp_path / "run", rationale_weight=configs.train.rationale_weight)
+    (path / "config.gin").write_text(configs.text)
+    assert read_run(path, "run").settings["method"] == file.stem
+
+
+def test_a_run_by_hand_is_on_the_share_of_the_data_that_it_learnt_from(tmp_path):
+    path = make_run(tmp_path / "run")
+    config = path / "config.gin"
+    for share, fraction in (("0.25", 0.25), ("7", 1.0), ("'all'", 1.0)):
+        config.write_text(f"pipeline.DataConfig.train_fraction = {share}\n")
+        assert read_run(path, "run").settings["fraction"] == fraction
 
 
 def test_a_config_is_read_without_gin_and_without_running_it(tmp_path):

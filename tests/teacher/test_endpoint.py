@@ -223,6 +223,14 @@ def test_request_fields(tmp_path):
     assert first["stop"] == ["\nQ:", "\npremise:", "\nPremise:"]
 
 
+def test_a_server_that_ignores_n_gets_another_seed_for_each_sample(tmp_path):
+    with answering([GOOD]) as (base_url, requests):
+        teacher = make_teacher(base_url, seed=10, samples=3, samples_per_request=3)
+        ask_all(teacher, tmp_path, AskConfig(concurrency=1), EXAMPLES[:1])
+    sent = [(body["seed"], body.get("n")) for _, body, _ in requests]
+    assert sent == [(10, 3), (11, 2), (12, None)]
+
+
 def test_a_signal_waits_for_what_is_under_way_and_the_next_run_goes_on(tmp_path):
     log, output = tmp_path / "log", tmp_path / "out"
     with serving(log, delay_secs=0.1) as base_url:

@@ -45,7 +45,6 @@ def run(directory, completions=COMPLETIONS, examples=PROBLEMS, name="t", **optio
     """Extracts with one local teacher, which gives each example its completion by id."""
     teacher = LocalTeacher(
         name,
-        given_prompt="p",
         complete=lambda example, sample: completions.get(example.id),
         **options,
     )
@@ -65,7 +64,7 @@ def test_every_example_is_kept_and_rejected_completions_teach_nothing(tmp_path):
     assert list(records) == [problem.id for problem in PROBLEMS]
     assert records["right"].teacher_label == "( 1 + 1 )"
     assert records["right"].rationale == "One more."
-    assert (records["right"].teacher, records["right"].prompt) == ("t", "p")
+    assert (records["right"].teacher, records["right"].prompt) == ("t", None)
     assert records["wrong"].teacher_label == "( 2 - 1 )"  # the filters are another stage
     for name in ("rejected", "silent"):
         assert records[name].teacher_label is None and records[name].rationale is None

@@ -202,6 +202,30 @@ def test_label_sets_of_ones_own():
         AnswerForm("number")
 
 
+def test_a_label_within_another_ones_word_is_a_label_of_its_own():
+    form = AnswerForm("label", ("male", "female", "not female"))
+    assert reason_of("The answer is female, and the other one male.", form) == TWO_ANSWERS
+    assert answer_of("The answer is female.", form) == "female"
+    assert answer_of("The answer is not female.", form) == "not female"
+
+
+def test_labels_that_differ_in_punctuation_alone_are_taken_only_as_they_are_spelt():
+    form = AnswerForm("label", ("C", "C++", "C#", "Java"))
+    for label in form.labels:
+        assert answer_of(f"The answer is {label}.", form) == label
+        assert answer_of(f'Answer: "{label.lower()}".', form) == label
+    assert reason_of("The answer is C++, which is fast.", form) == NO_CHOICE
+    assert reason_of("The answer is Java or C++.", form) == TWO_ANSWERS
+    assert answer_of("The answer is Java, which is slow.", form) == "Java"
+
+
+def test_labels_without_a_word_are_taken_only_as_they_are_spelt():
+    form = AnswerForm("label", ("<", ">", "equal"))
+    for label in form.labels:
+        assert answer_of(f"The answer is {label}.", form) == label
+    assert reason_of("The answer is ?!.", form) == NO_CHOICE
+
+
 def test_open_text_is_what_stands_behind_the_mark():
     assert answer_of("The answer is 'in Paris'.\nIndeed.", TEXT) == "in Paris"
     assert reason_of("The answer is .", TEXT) == NO_ANSWER

@@ -92,6 +92,10 @@ def test_a_prompt_is_stored_once_under_its_digest(tmp_path):
         ('answer_kind = "text"\nanswer_mark = "So"\nquestion = "Q:"', "question has no {input}"),
         ('answer_kind = "text"\nanswer_mark = "So"\nstop = "x"', "stop is 'x'; expected a list"),
         ('answer_kind = "text"\nanswer_mark = "So"\n[[exemplars]]\ninput = "x"', "an exemplar is"),
+        (
+            'answer_kind = "text"\nanswer_mark = "So"\nexemplars = 5',
+            "exemplars is 5; expected",
+        ),
     ],
 )
 def test_what_is_no_prompt_is_said(tmp_path, text, says):

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from dslt.errors import InputError
-from dslt.records import Example
+from dslt.records import MAX_WEIGHT, Example
 from dslt.teacher.batch_files import read_batch, write_batch
 from dslt.teacher.panel import read_teachers
 from dslt.teacher.prompts import load_prompt
@@ -69,6 +69,11 @@ def test_a_request_of_several_samples_carries_their_number_and_the_first_seed():
 def test_teachers_are_checked():
     with pytest.raises(InputError, match="weight is 0"):
         dataclasses.replace(TEACHER, weight=0)
+    dataclasses.replace(TEACHER, weight=MAX_WEIGHT)
+    with pytest.raises(InputError, match="above 0, at most 1,000,000"):
+        dataclasses.replace(TEACHER, weight=1e7)
+    with pytest.raises(InputError, match="samples_per_request is 0; expected above 0"):
+        dataclasses.replace(TEACHER, samples_per_request=0)
     with pytest.raises(InputError, match="mode is 'talk'"):
         dataclasses.replace(TEACHER, mode="talk")
     with pytest.raises(InputError, match="has no model"):
