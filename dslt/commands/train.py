@@ -52,9 +52,7 @@ def train_here(args) -> int:
     changes = []
     with contextlib.ExitStack() as stack:
         with distributed.main_first():
-            if (
-                distributed.is_main()
-            ):  # before it writes the new config, which the others would find
+            if distributed.is_main():  # before it writes the config, which the others would find
                 stack.enter_context(run.held())
                 changes = config.check_run(run, configs)
             stream, vocabulary = open_train_stream(run, configs)
