@@ -221,9 +221,7 @@ def _training_table(info: dict, settings: dict, step: int | None) -> list[str]:
 
 def _method(has_rationale_task: bool, settings: dict) -> str:
     source = settings.get("pipeline.DataConfig.label_source")
-    layout = settings.get(
-        "pipeline.DataConfig.target_layout", "label"
-    )  # of runs before there was one
+    layout = settings.get("pipeline.DataConfig.target_layout", "label")  # older runs have none
     method = METHODS.get((has_rationale_task, str(source), str(layout)), UNKNOWN)
     if not has_rationale_task:
         return method

@@ -77,8 +77,10 @@ def local_mesh(mesh: Mesh, process: int | None = None) -> Mesh:
     Args:
       process: its index; this one by default.
     """
-    process = jax.process_index() if process is None else process
-    devices = [device for device in mesh.devices.flat if device.process_index == process]
+    if process is None:
+        devices = list(mesh.local_devices)
+    else:
+        devices = [device for device in mesh.devices.flat if device.process_index == process]
     if len(devices) == mesh.size:
         return mesh
     tensor = math.gcd(mesh.shape["tensor"], len(devices))
