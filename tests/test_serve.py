@@ -148,7 +148,7 @@ def test_the_probability_is_the_models_for_the_decoded_tokens(server, student):
     from flax import nnx
 
     from dslt.core.batch import EOS_ID
-    from dslt.core.decode import greedy_decode
+    from dslt.core.decode import decode_batch
     from tests.checkpoint.test_hf_t5 import one_example_a_row
 
     _, found = server.predict("premise: a hypothesis: b")
@@ -156,7 +156,7 @@ def test_the_probability_is_the_models_for_the_decoded_tokens(server, student):
     graphdef, _ = t5.abstract_params(config)
     source = [*ByteVocabulary().encode("predict: premise: a hypothesis: b"), EOS_ID]
     source = np.array([source], np.int32)
-    decode = jax.jit(greedy_decode, static_argnames=("graphdef", "max_length"))
+    decode = jax.jit(decode_batch, static_argnames=("graphdef", "max_length"))
     tokens = np.asarray(decode(params, source, graphdef=graphdef, max_length=8))
     batch = one_example_a_row({"encoder_input_tokens": source, "decoder_target_tokens": tokens})
     logits = np.asarray(jax.jit(lambda p: nnx.merge(graphdef, p)(batch))(params), np.float64)[0]

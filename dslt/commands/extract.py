@@ -83,7 +83,7 @@ def add_endpoint_flags(command) -> None:
     )
     group.add_argument("--mode", default="chat", choices=("chat", "completion"))
     group.add_argument("--temperature", type=float, default=0.7, help="below 0: the endpoint's own")
-    group.add_argument("--max_tokens", type=int, default=512, help="0: the endpoint's own")
+    group.add_argument("--max_tokens", type=natural, default=512, help="0: the endpoint's own")
     group.add_argument("--sampling_seed", type=int, help="sample i gets the seed plus i")
     group.add_argument("--extra_body", help="JSON: more fields of a request; null takes one out")
     group.add_argument("--samples", type=positive, default=1, help="answers a problem")

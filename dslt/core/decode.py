@@ -5,7 +5,7 @@ slot takes the next source by `refill` while the others go on, since the cache i
 rows write at the same column (see `t5.LayerCache`). Who has a fixed batch calls `decode_batch`:
 
     tokens = decode_batch(
-        params, input_tokens, graphdef=graphdef, config=DecodeConfig(), max_length=32
+        params, input_tokens, graphdef=graphdef, max_length=32, config=DecodeConfig()
     )
 """
 
@@ -132,8 +132,8 @@ def decode_batch(
     input_tokens: jax.Array,
     *,
     graphdef: nnx.GraphDef,
-    config: DecodeConfig,
     max_length: int,
+    config: DecodeConfig = DecodeConfig(),
     answers: jax.Array | None = None,
     start_id: int = PAD_ID,
     layers: list[dict] | None = None,
@@ -145,6 +145,7 @@ def decode_batch(
       input_tokens: [B, S] int32, one source a row, padded with PAD_ID; a row of padding alone ends
         at once.
       max_length: T, tokens decoded at most, EOS included.
+      config: how tokens are chosen; greedily by default.
       answers: [B, A, T] int32 as in `Sources`, or None.
       start_id: the decoder's first input.
       layers: of `t5.unstack_layers(params)`, where they are there already.
@@ -161,16 +162,6 @@ def decode_batch(
     slots = start(sources, config, cache_length=max_length, max_length=max_length)
     slots = run(params, layers, slots, 0, graphdef=graphdef, config=config)
     return decoded_tokens(slots)
-
-
-def greedy_decode(
-    params: dict, input_tokens: jax.Array, *, graphdef: nnx.GraphDef, max_length: int
-) -> jax.Array:
-    """`decode_batch` by the most likely token at each position."""
-    config = DecodeConfig()
-    return decode_batch(
-        params, input_tokens, graphdef=graphdef, config=config, max_length=max_length
-    )
 
 
 def encode_sources(

@@ -21,7 +21,7 @@ from flax import nnx
 from dslt.checkpoint import hf_t5, hf_tensors
 from dslt.core import t5
 from dslt.core.batch import Batch
-from dslt.core.decode import greedy_decode
+from dslt.core.decode import decode_batch
 from dslt.data.vocabulary import ByteVocabulary, load_vocabulary, train_sentencepiece
 from dslt.errors import InputError
 
@@ -31,7 +31,7 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}
 RELATIVE_TOLERANCE = 1e-4  # of the largest entry: float32 sums taken in another order
 
 decode = jax.jit(
-    greedy_decode, static_argnames=("graphdef", "max_length"), compiler_options=FAST_COMPILE
+    decode_batch, static_argnames=("graphdef", "max_length"), compiler_options=FAST_COMPILE
 )
 
 TEXTS = [

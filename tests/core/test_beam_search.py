@@ -11,7 +11,7 @@ from flax import nnx
 
 from dslt.core import decode, t5
 from dslt.core.batch import EOS_ID, PAD_ID
-from dslt.core.decode import DecodeConfig, greedy_decode
+from dslt.core.decode import DecodeConfig, decode_batch
 
 VOCAB_SIZE = 32
 MAX_LENGTH = 10
@@ -108,7 +108,7 @@ def test_a_score_is_the_log_likelihood_over_a_power_of_the_length(
 def test_one_beam_is_greedy(golden_t5, sources):
     graphdef, params = golden_t5
     found, _ = search(params, sources, graphdef=graphdef, config=beam(1))
-    greedy = jax.jit(greedy_decode, static_argnames=("graphdef", "max_length"))
+    greedy = jax.jit(decode_batch, static_argnames=("graphdef", "max_length"))
     expected = greedy(params, sources, graphdef=graphdef, max_length=MAX_LENGTH)
     np.testing.assert_array_equal(found[:, 0], expected)
 

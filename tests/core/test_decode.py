@@ -11,7 +11,7 @@ from flax import nnx
 
 from dslt.core import t5
 from dslt.core.batch import EOS_ID, PAD_ID
-from dslt.core.decode import DecodeConfig, greedy_decode
+from dslt.core.decode import DecodeConfig, decode_batch
 from dslt.errors import InputError
 
 SHAPE = {
@@ -21,7 +21,7 @@ SHAPE = {
 }  # fmt: skip
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 decode = jax.jit(
-    greedy_decode, static_argnames=("graphdef", "max_length"), compiler_options=FAST_COMPILE
+    decode_batch, static_argnames=("graphdef", "max_length"), compiler_options=FAST_COMPILE
 )
 
 
@@ -170,7 +170,7 @@ def test_decoding_stops_when_all_rows_have_ended(student, monkeypatch):
 
     @jax.jit
     def run(params, sources):
-        return greedy_decode(params, sources, graphdef=graphdef, max_length=50)
+        return decode_batch(params, sources, graphdef=graphdef, max_length=50)
 
     def steps_of(params, sources):
         nonlocal num_steps

@@ -10,12 +10,12 @@ import pytest
 from dslt.core.answers import score_answers
 from dslt.core.batch import EOS_ID
 from dslt.core.continuous import before_eos, pad_rows
-from dslt.core.decode import greedy_decode
+from dslt.core.decode import decode_batch
 from dslt.core.stream import Stream, StreamPrograms, sizes
 
 SOURCE_LENGTH = 70
 MAX_LENGTH = 24
-decode = jax.jit(greedy_decode, static_argnames=("graphdef", "max_length"))
+decode = jax.jit(decode_batch, static_argnames=("graphdef", "max_length"))
 
 
 @pytest.fixture(scope="module")
