@@ -236,10 +236,9 @@ def plan_decoding(
     Of several hosts each holds the whole student and decodes rows of its own, as
     `evaluate.Decoder` has it, so this is a program of one host's chips.
     """
-    devices = compile_devices(topology)
-    mesh = sharding.local_mesh(sharding.make_mesh(run.mesh, devices), devices[0].process_index)
-    if (host := one_host(topology)) != topology:  # libtpu compiles for whole slices
-        mesh = sharding.make_mesh(MeshConfig(**mesh.shape), compile_devices(host))
+    host = one_host(topology)  # a slice of its own: libtpu compiles for whole ones
+    whole = sharding.make_mesh(run.mesh, compile_devices(topology))
+    mesh = sharding.local_mesh(whole, compile_devices(host))
     multiple = sharding.row_multiple(mesh)
     rows = -(-run.evaluate.rows // multiple) * multiple
     source_length = kept_length(run.max_input_length)

@@ -69,18 +69,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(order_devices(sizes, devices), AXES)
 
 
-def local_mesh(mesh: Mesh, process: int | None = None) -> Mesh:
-    """A process's devices alone; parameters are split as on `mesh`, as far as these go.
+def local_mesh(mesh: Mesh, devices: list[jax.Device] | None = None) -> Mesh:
+    """This process's devices alone; parameters are split as on `mesh`, as far as these go.
 
     Programs on it need no other process. The mesh itself in a single process.
 
     Args:
-      process: its index; this one by default.
+      devices: in place of this process's.
     """
-    if process is None:
-        devices = list(mesh.local_devices)
-    else:
-        devices = [device for device in mesh.devices.flat if device.process_index == process]
+    devices = list(mesh.local_devices) if devices is None else devices
     if len(devices) == mesh.size:
         return mesh
     tensor = math.gcd(mesh.shape["tensor"], len(devices))
