@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,6 +41,20 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a whole file, as `replacing` does."""
     with replacing(path) as file:
         file.write(text)
+
+
+def lock_file(file: IO) -> bool:
+    """Locks an open file for this process until it is closed; False where another one has it.
+
+    A file system without locks tells of no other: True.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ evaluations.jsonl) is sent after what it speaks of.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ from pathlib import Path
 from dslt import signals
 from dslt.bucket import Bucket, hidden
 from dslt.errors import InputError
-from dslt.files import write_text
+from dslt.files import lock_file, write_text
 
 SYNC_SECS = 10.0  # between looks at what is new, here and in the bucket
 
@@ -506,13 +505,11 @@ def _locked(bucket: RunBucket, role: str) -> Iterator[None]:
     path = bucket.mirror("x").parents[1] / f"{role}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(file):
             raise InputError(
                 f"{bucket.url}: another `dslt {role}` on this machine works on it; wait for it to "
                 "end, or stop it"
-            ) from None
+            )
         yield
 
 

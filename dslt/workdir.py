@@ -18,7 +18,6 @@ May import the standard library and tensorboardX (no TensorFlow, no JAX).
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -34,7 +33,7 @@ from pathlib import Path
 
 from dslt import __version__, strict_json
 from dslt.errors import InputError
-from dslt.files import naming_full_disk, replacing, write_text
+from dslt.files import lock_file, naming_full_disk, replacing, write_text
 
 HEARTBEAT_SECS = 10.0
 
@@ -138,14 +137,10 @@ class RunDir:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".train.lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock_file(file):
                 raise InputError(
                     f"{self.path}: another process trains here; wait for its end, or stop it first"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
+                )
             yield
 
     @contextlib.contextmanager

@@ -1,12 +1,13 @@
 """A file appears whole or not at all."""
 
 import errno
+import fcntl
 import os
 
 import pytest
 
 from dslt.errors import InputError
-from dslt.files import full_disk_error, replacing, write_text
+from dslt.files import full_disk_error, lock_file, replacing, write_text
 from dslt.records import Example, write_rows
 from dslt.teacher.store import Answer, CompletionStore
 from dslt.workdir import MetricsWriter, RunDir, read_json_rows
@@ -86,3 +87,20 @@ def fill(write):
             assert "the disk is full (No space left on device)" in str(error)
             return i
     raise AssertionError("the disk never got full")
+
+
+def test_a_locked_file_is_nobody_elses_until_it_is_closed(tmp_path):
+    path = tmp_path / "lock"
+    with path.open("w") as first, path.open("w") as second:
+        assert lock_file(first) and not lock_file(second)
+        first.close()
+        assert lock_file(second)
+
+
+def test_where_a_file_system_has_no_locks_work_goes_on(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (tmp_path / "lock").open("w") as file:
+        assert lock_file(file)

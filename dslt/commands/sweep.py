@@ -1,7 +1,6 @@
 """`dslt sweep`: the paper's comparisons, as ordinary runs side by side."""
 
 import dataclasses
-import fcntl
 import functools
 import os
 import shlex
@@ -15,6 +14,7 @@ from pathlib import Path
 from dslt import signals
 from dslt.commands.arguments import add_command, add_gin_flag, positive
 from dslt.errors import InputError
+from dslt.files import lock_file
 
 POLL_SECS = 0.2
 ASSUMED_MFU = 0.35  # what T5 codebases reach on their accelerators: 31 to 42 % by their own figures
@@ -135,9 +135,7 @@ def run_one(experiment, directory: Path) -> int:
     path = directory / experiment.name
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".sweep.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(lock):
             print(f"{path}: another process works on this run", file=sys.stderr)
             return BUSY
         write_json(path / EXPERIMENT, experiment.facts)
