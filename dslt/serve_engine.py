@@ -248,15 +248,18 @@ class Engine:
             print(f"ready after {time.perf_counter() - started_secs:.1f} s", flush=True)
             self._decode_until_stopped(streams, accepted)
             state, reason = "stopped", Overloaded("the student is stopped")
-        except Exception as error:
+        except BaseException as error:  # a panic of a tokenizer in Rust is no Exception
             traceback.print_exc()
-            state, reason = "failed", error
+            state, reason = "failed", RuntimeError(f"the student failed: {error!r}")
         with self._lock:  # `submit` looks at the state and puts under it too: nothing comes after
             self.state = state
             while not self._queue.empty():
                 work = self._queue.get()
                 if work is not None and work.future.set_running_or_notify_cancel():
                     accepted.add(work)
+            self._num_waiting = 0
+        self.metrics.waiting.set(0)
+        self.metrics.live.set(0)
         for work in accepted:
             work.future.set_exception(reason)
 

@@ -10,21 +10,31 @@ from dslt import serve_engine
 from dslt.serve_engine import Engine, Overloaded, ServeConfig
 from dslt.workdir import StudentFormat
 
-ENDINGS = {"failed": ZeroDivisionError, "stopped": Overloaded}
+
+class Panic(BaseException):
+    """What an extension module in Rust raises where it is at its end."""
+
+
+# What ends the thread, the state after it, and what those hear who wait.
+ENDINGS = {
+    "error": (ZeroDivisionError(), "failed", RuntimeError),
+    "panic": (Panic(), "failed", RuntimeError),
+    "stop": (None, "stopped", Overloaded),
+}
 
 
 class Ending:
     """An engine without a student, which decodes nothing until `end` is called, and then ends."""
 
-    def __init__(self, monkeypatch, state: str):
+    def __init__(self, monkeypatch, cause: BaseException | None):
         self.encode = lambda text: list(text.encode())
         self._is_over, is_ready = threading.Event(), threading.Event()
 
         def decode(engine, streams, accepted):
             is_ready.set()
             assert self._is_over.wait(60)
-            if state == "failed":
-                raise ZeroDivisionError
+            if cause is not None:
+                raise cause
 
         monkeypatch.setattr(serve_engine.student, "load", lambda path, mesh: (None, None, None))
         monkeypatch.setattr(serve_engine, "StreamPrograms", lambda graphdef, params: None)
@@ -41,21 +51,23 @@ class Ending:
         assert not self.engine._thread.is_alive()
 
 
-@pytest.mark.parametrize("state", ENDINGS)
-def test_those_who_wait_hear_of_the_end_though_others_have_left(monkeypatch, state):
-    ending = Ending(monkeypatch, state)
+@pytest.mark.parametrize(("cause", "state", "heard"), ENDINGS.values(), ids=ENDINGS)
+def test_those_who_wait_hear_of_the_end_though_others_have_left(monkeypatch, cause, state, heard):
+    ending = Ending(monkeypatch, cause)
     works = ending.engine.submit([f"text {i}" for i in range(20)], with_rationales=False)
     for work in works[::2]:
         assert work.future.cancel()
     ending.end()
     assert ending.engine.state == state
     for work in works[1::2]:
-        assert isinstance(work.future.exception(timeout=5), ENDINGS[state])
+        assert isinstance(work.future.exception(timeout=5), heard)
+    registry = ending.engine.metrics.registry
+    assert registry.get_sample_value("dslt_waiting") == 0
 
 
-@pytest.mark.parametrize("state", ENDINGS)
-def test_a_request_during_which_the_engine_ends_is_refused(monkeypatch, state):
-    ending = Ending(monkeypatch, state)
+@pytest.mark.parametrize(("cause", "state", "heard"), ENDINGS.values(), ids=ENDINGS)
+def test_a_request_during_which_the_engine_ends_is_refused(monkeypatch, cause, state, heard):
+    ending = Ending(monkeypatch, cause)
 
     def encode_and_end(text: str) -> list[int]:
         ending.end()
