@@ -193,6 +193,11 @@ def extract(args) -> int | None:
     if is_unexplained:
         print(write_unexplained(examples, args.output_dir))
         return 0
+    return ask(args, examples)
+
+
+def ask(args, examples: list) -> int:
+    """Asks the teachers what is not answered yet, and writes the records of what they said."""
     from dslt.teacher import extract as extraction
     from dslt.teacher import shards
     from dslt.teacher.batch_files import write_batch

@@ -8,6 +8,7 @@ asks, and nothing is paid twice. The endpoint's address and key are no part of i
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from dslt.errors import InputError
@@ -17,6 +18,7 @@ from dslt.teacher.prompts import Prompt
 from dslt.teacher.store import Answer, CompletionStore
 
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly; for estimates alone
+MIN_WEIGHT = 1e-6  # what a teacher's rationales share of it stays a number in float32
 PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 
 
@@ -37,10 +39,10 @@ class Teacher:
     form: AnswerForm | None = None
 
     def __post_init__(self):
-        if not 0 < self.weight <= MAX_WEIGHT:
+        if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:
             raise InputError(
-                f"teacher {self.name!r}: weight is {self.weight}; expected above 0, at most "
-                f"{MAX_WEIGHT:,.0f}"
+                f"teacher {self.name!r}: weight is {self.weight}; expected at least {MIN_WEIGHT}, "
+                f"at most {MAX_WEIGHT:,.0f}"
             )
         if self.samples < 1:
             raise InputError(f"teacher {self.name!r}: samples is {self.samples}; expected above 0")
@@ -98,6 +100,11 @@ class EndpointTeacher(Teacher):
             raise InputError(f"mode is {self.mode!r}; expected one of {', '.join(PATHS)}")
         if not self.model:
             raise InputError(f"teacher {self.name!r} has no model; expected what to ask for")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise InputError(
+                f"teacher {self.name!r}: temperature is {self.temperature}; expected a finite "
+                "number, or one below 0 for the endpoint's own"
+            )
         if self.samples_per_request < 1:
             raise InputError(
                 f"teacher {self.name!r}: samples_per_request is {self.samples_per_request}; "

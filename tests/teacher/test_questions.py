@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -67,11 +68,13 @@ def test_a_request_of_several_samples_carries_their_number_and_the_first_seed():
 
 
 def test_teachers_are_checked():
-    with pytest.raises(InputError, match="weight is 0"):
-        dataclasses.replace(TEACHER, weight=0)
+    for weight in (0, 5e-324, 1e7, math.nan):
+        with pytest.raises(InputError, match="expected at least 1e-06, at most 1,000,000"):
+            dataclasses.replace(TEACHER, weight=weight)
     dataclasses.replace(TEACHER, weight=MAX_WEIGHT)
-    with pytest.raises(InputError, match="above 0, at most 1,000,000"):
-        dataclasses.replace(TEACHER, weight=1e7)
+    for temperature in (-1.0, math.nan, math.inf):
+        with pytest.raises(InputError, match=f"temperature is {temperature}"):
+            dataclasses.replace(TEACHER, temperature=temperature)
     with pytest.raises(InputError, match="samples_per_request is 0; expected above 0"):
         dataclasses.replace(TEACHER, samples_per_request=0)
     with pytest.raises(InputError, match="mode is 'talk'"):
