@@ -19,7 +19,7 @@ import jax
 
 from dslt.core import attention, flops, hlo, sharding, t5
 from dslt.core.batch import Batch, empty_batch
-from dslt.core.continuous import DecodingParams, kept_length, prepare
+from dslt.core.continuous import kept_length, prepare
 from dslt.core.decode import decode_batch
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import MeshConfig
@@ -261,7 +261,7 @@ def plan_decoding(
         (rows, source_length), "int32", sharding=sharding.batch_sharding(mesh)
     )
     decode = jax.jit(
-        partial(decode_prepared, graphdef=graphdef, config=run.evaluate.decoding()),
+        partial(decode_batch, graphdef=graphdef, config=run.evaluate.decoding()),
         static_argnames=("max_length",),
         compiler_options=compiler_options(mesh.devices.flat[0]),
     )
@@ -281,11 +281,6 @@ def plan_decoding(
         memory=memory,
         model_flops=flops.decode_flops(run.model, rows * source_length, rows * max_length),
     )
-
-
-def decode_prepared(prepared: DecodingParams, tokens: jax.Array, **settings) -> jax.Array:
-    """`decode_batch` with parameters as `ContinuousDecoder` holds them."""
-    return decode_batch(prepared.params, tokens, layers=prepared.layers, **settings)
 
 
 def cache_bytes(config: T5Config, rows: int, length: int) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dslt.core import t5
 from dslt.core.batch import EOS_ID, PAD_ID, Batch
 
 
@@ -40,7 +41,7 @@ def score_answers(
     """The log-likelihood of each answer of each source, EOS included.
 
     Args:
-      params: of the T5 of `graphdef`.
+      params: of the T5 of `graphdef`; the decoder's layers may be one by one already.
       input_tokens: [B, S] int32, one source a row, padded with PAD_ID.
       answers: [B, A, T] int32, each ending in EOS, then PAD_ID; rows of padding alone are none.
 
@@ -48,7 +49,7 @@ def score_answers(
       [B, A] float32, nats; -inf for those that are none. A softmax over A is the distribution over
       the set.
     """
-    model = nnx.merge(graphdef, params)
+    model, layers = t5.merge_unstacked(graphdef, t5.unstack_layers(params))
     source_segments = (input_tokens != PAD_ID).astype(jnp.int32)
     encoded = model.encode(input_tokens, source_segments)
 
@@ -64,7 +65,7 @@ def score_answers(
             decoder_loss_weights=is_target.astype(jnp.float32),
             decoder_example_ids=is_target.astype(jnp.int32),
         )
-        logits = model.logits(model.decode(encoded, batch))
+        logits = model.logits(model.decode(encoded, batch, layers=layers))
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         log_probs = target_logits - jax.nn.logsumexp(logits, axis=-1)
         total = jnp.where(is_target, log_probs, 0.0).sum(-1)

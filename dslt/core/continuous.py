@@ -7,14 +7,14 @@ looks at the slots whenever some are free, takes what was decoded and refills th
     outputs = decoder(decoder.prepare(params), inputs, config=DecodeConfig(), max_length=64)
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
-from dslt.core import decode, sharding, t5
+from dslt.core import decode, sharding, t5, topology
 from dslt.core.answers import score_answers
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.core.decode import DecodeConfig, Slots, Sources
@@ -30,17 +30,9 @@ KEPT_SHARE = 2  # at the end go on with one in so many slots, once no more of th
 FEWEST_ROWS = 8  # down to so many: every number of rows is a compilation too
 
 
-class DecodingParams(NamedTuple):
-    """Parameters as decoding takes them: all, and the decoder's layers one by one."""
-
-    params: dict
-    layers: list[dict]
-
-
-def prepare(params: dict, *, graphdef: nnx.GraphDef) -> DecodingParams:
-    """The parameters of the T5 of `graphdef` for `decode`'s functions."""
-    narrow = t5.narrow_matrices(params, nnx.merge(graphdef, params).config.dtype)
-    return DecodingParams(narrow, t5.unstack_layers(narrow))
+def prepare(params: dict, *, graphdef: nnx.GraphDef) -> dict:
+    """The parameters of the T5 of `graphdef` as decoding takes them: narrow, and unstacked."""
+    return t5.unstack_layers(t5.narrow_matrices(params, nnx.merge(graphdef, params).config.dtype))
 
 
 class ContinuousDecoder:
@@ -51,28 +43,26 @@ class ContinuousDecoder:
         self.mesh = mesh
         self.multiple = sharding.row_multiple(mesh)
         self.rows = _round_up(rows, self.multiple)
-        self._prepare = jax.jit(prepare, static_argnames="graphdef")
-        self._encode = jax.jit(decode.encode_sources, static_argnames="graphdef")
-        self._start = jax.jit(
-            decode.start, static_argnames=("config", "cache_length", "max_length")
-        )
-        self._run = jax.jit(
-            decode.run, static_argnames=("graphdef", "config"), donate_argnames="slots"
-        )
-        self._refill = jax.jit(decode.refill, donate_argnames="slots")
-        self._keep_rows = jax.jit(decode.keep_rows)
-        self._resize_cache = jax.jit(decode.resize_cache, static_argnames="cache_length")
-        self._widen_sources = jax.jit(decode.widen_sources, static_argnames="source_length")
-        self._score = jax.jit(score_answers, static_argnames="graphdef")
+        options = topology.compiler_options(mesh.devices.flat[0])
+        jit = functools.partial(jax.jit, compiler_options=options)
+        self._prepare = jit(prepare, static_argnames="graphdef")
+        self._encode = jit(decode.encode_sources, static_argnames="graphdef")
+        self._start = jit(decode.start, static_argnames=("config", "cache_length", "max_length"))
+        self._run = jit(decode.run, static_argnames=("graphdef", "config"), donate_argnames="slots")
+        self._refill = jit(decode.refill, donate_argnames="slots")
+        self._keep_rows = jit(decode.keep_rows)
+        self._resize_cache = jit(decode.resize_cache, static_argnames="cache_length")
+        self._widen_sources = jit(decode.widen_sources, static_argnames="source_length")
+        self._score = jit(score_answers, static_argnames="graphdef")
         self._graphdef = graphdef
 
-    def prepare(self, params: dict) -> DecodingParams:
+    def prepare(self, params: dict) -> dict:
         """Done once for all inputs: a slice or a rounding at every call would be a copy."""
         return self._prepare(params, graphdef=self._graphdef)
 
     def __call__(
         self,
-        params: DecodingParams,
+        params: dict,
         inputs: Sequence[np.ndarray],
         *,
         config: DecodeConfig,
@@ -106,7 +96,7 @@ class ContinuousDecoder:
 
     def score(
         self,
-        params: DecodingParams,
+        params: dict,
         inputs: Sequence[np.ndarray],
         answers: Sequence[Sequence[Sequence[int]]],
         on_scored: Callable[[int], None] = lambda count: None,
@@ -128,7 +118,7 @@ class ContinuousDecoder:
             targets = pad_answers(sets, (rows, most, _round_up(longest, TARGET_MULTIPLE)))
             placed = jax.device_put((tokens, targets), sharding.batch_sharding(self.mesh))
             with sharding.inside(self.mesh):
-                found = np.asarray(self._score(params.params, *placed, graphdef=self._graphdef))
+                found = np.asarray(self._score(params, *placed, graphdef=self._graphdef))
             for i, row in zip(chosen, found, strict=False):
                 scores[i] = row[: len(answers[i])]
             on_scored(len(chosen))
@@ -173,7 +163,7 @@ class ContinuousDecoder:
                     rows = fewer
                     continue
                 stop_at = fewer if fewer < rows else 0
-            slots = self._run(*params, slots, stop_at, graphdef=self._graphdef, config=config)
+            slots = self._run(params, slots, stop_at, graphdef=self._graphdef, config=config)
             is_live, lengths, tokens = jax.device_get(
                 (slots.is_live, slots.lengths, decode.decoded_tokens(slots))
             )
@@ -202,7 +192,7 @@ class ContinuousDecoder:
         placed = jax.device_put(
             (tokens, padded, start_ids, allowed), sharding.batch_sharding(self.mesh)
         )
-        return self._encode(*params, *placed, graphdef=self._graphdef)
+        return self._encode(params, *placed, graphdef=self._graphdef)
 
     def _fit(self, slots: Slots | None, sources: Sources, rows, config, max_length) -> Slots:
         """Slots, made if there are none yet, that have room for `sources`."""

@@ -136,37 +136,32 @@ def decode_batch(
     config: DecodeConfig = DecodeConfig(),
     answers: jax.Array | None = None,
     start_id: int = PAD_ID,
-    layers: list[dict] | None = None,
 ) -> jax.Array:
     """Decodes a batch until its last row has ended.
 
     Args:
-      params: of the T5 of `graphdef`.
+      params: of the T5 of `graphdef`; the decoder's layers may be one by one already.
       input_tokens: [B, S] int32, one source a row, padded with PAD_ID; a row of padding alone ends
         at once.
       max_length: T, tokens decoded at most, EOS included.
       config: how tokens are chosen; greedily by default.
       answers: [B, A, T] int32 as in `Sources`, or None.
       start_id: the decoder's first input.
-      layers: of `t5.unstack_layers(params)`, where they are there already.
 
     Returns:
       [B, T] int32: tokens up to and including EOS, then PAD_ID.
     """
     numbers = jnp.arange(input_tokens.shape[0], dtype=jnp.int32)
     start_ids = jnp.full_like(numbers, start_id)
-    layers = t5.unstack_layers(params) if layers is None else layers
-    sources = encode_sources(
-        params, layers, input_tokens, numbers, start_ids, answers, graphdef=graphdef
-    )
+    params = t5.unstack_layers(params)
+    sources = encode_sources(params, input_tokens, numbers, start_ids, answers, graphdef=graphdef)
     slots = start(sources, config, cache_length=max_length, max_length=max_length)
-    slots = run(params, layers, slots, 0, graphdef=graphdef, config=config)
+    slots = run(params, slots, 0, graphdef=graphdef, config=config)
     return decoded_tokens(slots)
 
 
 def encode_sources(
     params: dict,
-    layers: list[dict],
     input_tokens: jax.Array,
     numbers: jax.Array,
     start_ids: jax.Array,
@@ -177,9 +172,9 @@ def encode_sources(
     """Runs the encoder over [B, S] int32 and projects its output for each decoder layer.
 
     Args:
-      layers: of `t5.unstack_layers(params)`, here and below.
+      params: of `t5.unstack_layers`, here and below.
     """
-    model = nnx.merge(graphdef, params)
+    model, layers = t5.merge_unstacked(graphdef, params)
     mask = input_tokens != PAD_ID
     encoded = model.encode(input_tokens, mask.astype(jnp.int32))
     cross = model.cross_keys_values(encoded, layers)
@@ -213,7 +208,6 @@ def start(sources: Sources, config: DecodeConfig, *, cache_length: int, max_leng
 
 def run(
     params: dict,
-    layers: list[dict],
     slots: Slots,
     stop_at: jax.Array | int,
     max_steps: jax.Array | int | None = None,
@@ -225,7 +219,7 @@ def run(
 
     Or until `max_steps` more steps are taken, if that comes first.
     """
-    model = nnx.merge(graphdef, params)
+    model, layers = t5.merge_unstacked(graphdef, params)
     cache_length = slots.can_see.shape[2]
     first_step = slots.step
 

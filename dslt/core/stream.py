@@ -31,7 +31,7 @@ class StreamPrograms:
     """The programs of one model on one device, shared by its streams."""
 
     def __init__(self, graphdef: nnx.GraphDef, params: dict):
-        self._params, self._layers = jax.jit(functools.partial(prepare, graphdef=graphdef))(params)
+        self._params = jax.jit(functools.partial(prepare, graphdef=graphdef))(params)
         self._graphdef = graphdef
         self._encode = jax.jit(decode.encode_sources, static_argnames="graphdef")
         self._run = jax.jit(_run, static_argnames="graphdef", donate_argnames="slots")
@@ -42,13 +42,11 @@ class StreamPrograms:
         """One input, int32, as the only row of Sources of `source_length`."""
         padded = pad_rows([tokens], 1, source_length)
         ids = np.zeros(1, np.int32), np.full(1, start_id, np.int32)
-        return self._encode(self._params, self._layers, padded, *ids, graphdef=self._graphdef)
+        return self._encode(self._params, padded, *ids, graphdef=self._graphdef)
 
     def run(self, slots: Slots, stop_at: int, max_steps: int) -> Slots:
         """`decode.run`, greedily."""
-        return self._run(
-            self._params, self._layers, slots, stop_at, max_steps, graphdef=self._graphdef
-        )
+        return self._run(self._params, slots, stop_at, max_steps, graphdef=self._graphdef)
 
     def score(
         self, tokens: np.ndarray, source_length: int, answers, shape: tuple[int, int]
@@ -192,7 +190,7 @@ def resize(slots: Slots, kept: np.ndarray, count: int) -> Slots:
     return jax.device_put(rows)._replace(step=slots.step)
 
 
-def _run(params, layers, slots: Slots, stop_at, max_steps, *, graphdef) -> Slots:
+def _run(params, slots: Slots, stop_at, max_steps, *, graphdef) -> Slots:
     # Only a step's place in the ring says anything, so a server may count for ever.
     slots = slots._replace(step=slots.step % slots.can_see.shape[2])
-    return decode.run(params, layers, slots, stop_at, max_steps, graphdef=graphdef, config=GREEDY)
+    return decode.run(params, slots, stop_at, max_steps, graphdef=graphdef, config=GREEDY)

@@ -373,8 +373,11 @@ class Stack(nnx.Module):
             return None
         return self.relative_bias(length)
 
-    def __call__(self, x, *layer_inputs, dropout_key=None):
-        """Runs `layer(x, *layer_inputs, key)` for each layer, then the final norm: [B, N, D]."""
+    def __call__(self, x, *layer_inputs, dropout_key=None, layers: list[dict] | None = None):
+        """Runs `layer(x, *layer_inputs, key)` for each layer, then the final norm: [B, N, D].
+
+        `layers` stand in for the stack, without dropout.
+        """
         keys = _split(dropout_key, self.num_layers + 2)
         x = dropout(x, self.config.dropout_rate, keys[0])
         graphdef, params = nnx.split(self.layers)
@@ -388,12 +391,16 @@ class Stack(nnx.Module):
             run_layer = jax.checkpoint(run_layer, prevent_cse=prevent_cse)
         else:
             run_layer = gather_again(run_layer, prevent_cse)
-        layer_keys = None if dropout_key is None else keys[2:]
-        x, _ = jax.lax.scan(run_layer, x, (params, layer_keys), unroll=self.config.scan_unroll)
+        if layers is None:
+            layer_keys = None if dropout_key is None else keys[2:]
+            x, _ = jax.lax.scan(run_layer, x, (params, layer_keys), unroll=self.config.scan_unroll)
+        else:
+            for layer_params in layers:
+                x, _ = run_layer(x, (layer_params, None))
         return dropout(self.final_norm(x), self.config.dropout_rate, keys[1])
 
     def step(self, x, layers, cache: list[LayerCache], *layer_inputs):
-        """One cached token through all `layers` of `unstack`: [B, M, D] and the cache written."""
+        """One cached token through all `layers`: [B, M, D] and the cache written."""
         graphdef = nnx.graphdef(self.layers)
         written = []
         for layer_params, layer_cache in zip(layers, cache, strict=True):
@@ -432,15 +439,20 @@ class T5(nnx.Module):
         return self.encoder(self.embed(tokens), bias, mask, dropout_key=dropout_key)
 
     @jax.named_scope("decoder")
-    def decode(self, encoded, batch: Batch, dropout_key=None):
-        """[B, S, D] encodings and the batch's targets to hidden states [B, T, D]."""
+    def decode(self, encoded, batch: Batch, dropout_key=None, layers: list[dict] | None = None):
+        """[B, S, D] encodings and the batch's targets to hidden states [B, T, D].
+
+        Args:
+          layers: of `merge_unstacked`, of a model that comes from there.
+        """
         inputs, segment_ids = batch.decoder_input_tokens, batch.decoder_segment_ids
         target_ids = segment_ids * NUM_ROLES + batch.decoder_loss_roles
         bias = self.decoder.shared_bias(inputs.shape[1])
         self_mask = SegmentMask(target_ids, target_ids, is_causal=True)
         cross_mask = SegmentMask(segment_ids, batch.encoder_segment_ids, is_causal=False)
         layer_inputs = encoded, bias, self_mask, cross_mask
-        hidden = self.decoder(self.embed(inputs), *layer_inputs, dropout_key=dropout_key)
+        embedded = self.embed(inputs)
+        hidden = self.decoder(embedded, *layer_inputs, dropout_key=dropout_key, layers=layers)
         return self.scale_outputs(hidden)
 
     def cross_keys_values(self, encoded, layers) -> list[tuple[jax.Array, jax.Array]]:
@@ -460,7 +472,7 @@ class T5(nnx.Module):
 
         Args:
           tokens: [B, M] int32, each beam's newest token.
-          layers: of `unstack_layers`.
+          layers: of `merge_unstacked`, as in `cross_keys_values`.
           cache: a LayerCache a layer.
           source_mask: [B, S] bool, true at the source's tokens.
           step: scalar int32; writes column `step` mod N of the cache.
@@ -536,11 +548,29 @@ def narrow_matrices(params: dict, dtype: str) -> dict:
     return jax.tree.map_with_path(narrow, params)
 
 
-def unstack_layers(params: dict) -> list[dict]:
-    """The decoder's parameters layer by layer, as decoding takes them."""
-    stacked = params["decoder"]["layers"]
-    num_layers = jax.tree.leaves(stacked)[0].shape[0]
-    return [jax.tree.map(operator.itemgetter(layer), stacked) for layer in range(num_layers)]
+def unstack_layers(params: dict) -> dict:
+    """The parameters with the decoder's layers one by one, a list of trees, as decoding takes them.
+
+    What is so already stays as it is.
+    """
+    layers = params["decoder"]["layers"]
+    if isinstance(layers, dict):
+        num_layers = jax.tree.leaves(layers)[0].shape[0]
+        layers = [jax.tree.map(operator.itemgetter(i), layers) for i in range(num_layers)]
+    return {**params, "decoder": {**params["decoder"], "layers": layers}}
+
+
+def merge_unstacked(graphdef: nnx.GraphDef, params: dict) -> tuple[T5, list[dict]]:
+    """The model of parameters of `unstack_layers`, and the decoder's layers, which it lacks.
+
+    In place of the stack the model holds shapes: what would use it fails.
+    """
+    layers = params["decoder"]["layers"]
+    stack = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((len(layers), *leaf.shape), leaf.dtype), layers[0]
+    )
+    model = nnx.merge(graphdef, {**params, "decoder": {**params["decoder"], "layers": stack}})
+    return model, layers
 
 
 def ring_distances(step, length: int):

@@ -225,7 +225,7 @@ def _host_devices(topology: Topology) -> list[jax.Device]:
 
 
 def compiler_options(device: jax.Device) -> dict[str, str] | None:
-    """What the train step is compiled with, in training and in planning."""
+    """What train steps and decoding are compiled with, on devices and in planning."""
     return TPU_OPTIONS if device.platform == "tpu" else None
 
 

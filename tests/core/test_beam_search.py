@@ -35,12 +35,12 @@ def sources():
 def search(params, sources, *, graphdef, config: DecodeConfig, max_length: int = MAX_LENGTH):
     """The finished beams [B, M, T] and their scores [B, M], best first."""
     numbers = jnp.arange(len(sources), dtype=jnp.int32)
-    layers = t5.unstack_layers(params)
+    params = t5.unstack_layers(params)
     encoded = decode.encode_sources(
-        params, layers, sources, numbers, jnp.zeros_like(numbers), graphdef=graphdef
+        params, sources, numbers, jnp.zeros_like(numbers), graphdef=graphdef
     )
     slots = decode.start(encoded, config, cache_length=max_length, max_length=max_length)
-    slots = decode.run(params, layers, slots, 0, graphdef=graphdef, config=config)
+    slots = decode.run(params, slots, 0, graphdef=graphdef, config=config)
     return slots.beams.finished, slots.beams.finished_scores
 
 

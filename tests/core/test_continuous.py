@@ -116,12 +116,12 @@ def test_a_bfloat16_model_decodes_the_same_from_rounded_matrices(golden_t5, inpu
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     decoder = ContinuousDecoder(graphdef, mesh, rows=4)
     params = decoder.prepare(golden_t5[1])
-    assert params.params["token_embedding"].dtype == "bfloat16"
-    for tree in (params.params["decoder"], params.layers[0]):
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            names = {part.key for part in path}
-            is_wide = "scale" in names or "relative_bias" in names
-            assert leaf.dtype == ("float32" if is_wide else "bfloat16"), path
+    assert params["token_embedding"].dtype == "bfloat16"
+    assert t5.count_params(params) == t5.count_params(golden_t5[1])  # nothing is held twice
+    for path, leaf in jax.tree.leaves_with_path(params):
+        names = {str(part) for part in path}
+        is_wide = "['scale']" in names or "['relative_bias']" in names
+        assert leaf.dtype == ("float32" if is_wide else "bfloat16"), path
     found = decoder(params, inputs, config=GREEDY, max_length=MAX_LENGTH)
     assert found == in_one_batch((graphdef, golden_t5[1]), inputs)
 
