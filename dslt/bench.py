@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -58,6 +59,22 @@ class Times:
 
     def __str__(self) -> str:
         return f"{self.median:.3g} ({min(self.values):.3g}-{max(self.values):.3g})"
+
+
+class DecodeJob(NamedTuple):
+    """Inputs of one task, and how they are decoded.
+
+    Attributes:
+      rows: decoded at a time.
+      max_length: tokens of an answer at most, EOS included.
+      start_id: the decoder's first input.
+    """
+
+    name: str
+    inputs: Sequence[np.ndarray]
+    rows: int
+    max_length: int
+    start_id: int
 
 
 class StepBench:
@@ -141,24 +158,8 @@ def bench(
             reference = bench_reference.HuggingFaceT5(*settings)
 
         # Before train steps move the parameters away from those of the reference.
-        tasks = (
-            (
-                "labels",
-                [e.label_input_tokens for e in inputs],
-                configs.evaluate.max_label_length,
-                PAD_ID,
-            ),
-            (
-                "rationales",
-                [e.rationale_input_tokens for e in inputs],
-                configs.evaluate.max_rationale_length,
-                configs.data.rationale_start_id,
-            ),
-        )
-        for name, tokens, *how in tasks if inputs else ():
-            yield from _bench_decoding(
-                name, step, tokens, configs.evaluate.rows, *how, repetitions, reference
-            )
+        for job in _decode_jobs(configs, inputs) if inputs else ():
+            yield from _bench_decoding(job, step, repetitions, reference)
 
         if reference:
             reference, how = bench_reference.fastest(batches[:3], *settings)
@@ -246,17 +247,25 @@ def describe_steps(
     )
 
 
+def _decode_jobs(configs, inputs: Sequence[EvalInput]) -> Iterator[DecodeJob]:
+    """The labels and the rationales of these inputs."""
+    evaluate = configs.evaluate
+    labels = [each.label_input_tokens for each in inputs]
+    yield DecodeJob("labels", labels, evaluate.rows, evaluate.max_label_length, PAD_ID)
+    yield DecodeJob(
+        "rationales",
+        [each.rationale_input_tokens for each in inputs],
+        evaluate.rows,
+        evaluate.max_rationale_length,
+        configs.data.rationale_start_id,
+    )
+
+
 def _bench_decoding(
-    name: str,
-    step: StepBench,
-    inputs: Sequence[np.ndarray],
-    rows: int,
-    max_length: int,
-    start_id: int,
-    repetitions: int,
-    reference,
+    job: DecodeJob, step: StepBench, repetitions: int, reference
 ) -> Iterator[tuple[str, dict]]:
-    """Greedy decoding of all inputs, `rows` at a time, and the reference's beside it."""
+    """Greedy decoding of all inputs, and the reference's beside it."""
+    name, inputs, rows, max_length, start_id = job
     decoder = ContinuousDecoder(step.graphdef, step.mesh, rows)
     prepared = decoder.prepare(step.params)
 
