@@ -10,6 +10,7 @@ and never evaluated as code.
 import dataclasses
 import math
 import re
+import unicodedata
 from collections.abc import Iterable
 
 # Equal values differ by rounding alone (order of the operations), far below 1e-6. A quotient that
@@ -82,8 +83,10 @@ def is_correct(prediction: str, label: str, answer_form: str) -> bool:
 
 
 def normalize_text(text: str) -> str:
-    """Lower case, white space collapsed, one trailing period taken off."""
-    return " ".join(text.lower().split()).removesuffix(".").rstrip()
+    """Unicode's NFKC, as vocabularies have it, lower case, white space collapsed, one trailing
+    period taken off."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    return " ".join(text.split()).removesuffix(".").rstrip()
 
 
 def evaluate_equation(text: str) -> float | None:

@@ -1,7 +1,9 @@
 import math
+import unicodedata
 
 import pytest
 
+from dslt.data.vocabulary import train_sentencepiece
 from dslt.metrics import (
     MAX_EQUATION_CHARACTERS,
     MAX_EQUATION_DEPTH,
@@ -85,6 +87,14 @@ def test_text_is_compared_without_case_space_and_final_period():
     assert is_correct("Entailment.", "entailment", "text")
     assert not is_correct("not entailment", "entailment", "text")
     assert not is_correct("42", "( 84 / 2 )", "text")
+
+
+@pytest.mark.parametrize("label", ["cafe\u0301", "½", "１２", "ﬁne", "x²", "é…"])
+def test_a_label_is_what_a_vocabulary_makes_of_it(label, tmp_path):
+    """SentencePiece reads and writes NFKC, whatever a table has."""
+    texts = [unicodedata.normalize("NFKC", label)] * 20 + ["some words to fill a vocabulary"] * 20
+    vocabulary = train_sentencepiece(texts, 160, tmp_path / "spiece.model")
+    assert is_correct(vocabulary.decode(vocabulary.encode(label)), label, "text")
 
 
 def test_equations_are_compared_by_value():

@@ -63,6 +63,8 @@ def evaluate_here(args) -> int | None:
     eval_config, read_answer = answer_reader(configs.evaluate, layout, max_target_length)
     vocabulary = load_vocabulary(run.vocabulary)
     examples = open_examples(run, configs.data, eval_config.splits, vocabulary)
+    for warning in warn_of_labels(examples, eval_config, vocabulary):
+        print(warning)
     distributed.check_same("the number of inputs", len(examples))
     answer_sets = None
     if eval_config.answers != "open":
@@ -118,3 +120,34 @@ def open_examples(run, data, splits, vocabulary) -> list:
     if truncated:
         print(f"warning: {truncated} of {len(examples)} inputs are cut to max_input_length")
     return examples
+
+
+def warn_of_labels(examples, config, vocabulary) -> list[str]:
+    """Lines on gold labels that no answer can match, whatever the student has learnt."""
+    from dslt.metrics import is_correct
+
+    if config.answers != "open":
+        return []
+    labels = [(e.example.label, e.example.answer_form) for e in examples if e.example.label]
+    tokens = {label: vocabulary.encode(label) for label, _ in labels}
+    is_long = {label: len(found) >= config.max_label_length for label, found in tokens.items()}
+    long = [label for label, _ in labels if is_long[label]]
+    unlike = [
+        label
+        for label, form in labels
+        if not is_long[label] and not is_correct(vocabulary.decode(tokens[label]), label, form)
+    ]
+    lines = []
+    if long:
+        lines.append(
+            f"warning: {len(long)} of {len(labels)} gold labels have more tokens than "
+            f"max_label_length = {config.max_label_length}, EOS included: no answer matches them. "
+            "Give evaluate.EvalConfig.max_label_length"
+        )
+    if unlike:
+        lines.append(
+            f"warning: {len(unlike)} of {len(labels)} gold labels, such as {unlike[0]!r}, are not "
+            "what their own tokens say, by the vocabulary and the answer form: no answer matches "
+            "them"
+        )
+    return lines

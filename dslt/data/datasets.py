@@ -1,7 +1,7 @@
 """Problems from where they lie → Examples without rationale: released files, tables, TFDS.
 
-May import dslt.records; TensorFlow Datasets only inside `read_tfds`, so that importing this module
-starts neither TensorFlow nor SeqIO.
+May import dslt.records and dslt.metrics; TensorFlow Datasets only inside `read_tfds`, so that
+importing this module starts neither TensorFlow nor SeqIO.
 
     examples = hold_out_validation(read_released("data/svamp", "svamp"))  # 720 / 80 / 200
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from dslt import strict_json
 from dslt.errors import InputError
+from dslt.metrics import evaluate_equation
 from dslt.records import MAX_PROBLEMS, Example, raise_problems, read_json_lines
 
 NLI_LABELS = ("entailment", "neutral", "contradiction")  # in the order of their class ids
@@ -167,12 +168,18 @@ def read_table(
         _require_columns(row, columns)
         word = _split_word(row, split_column) if split_column else split
         row_id = _text(row, id_column) if id_column else f"{dataset}-{word}-{number}"
+        label = _optional_text(row, label_column)
+        if answer_form == "equation" and label and evaluate_equation(label) is None:
+            raise ValueError(
+                f"label {label!r} has no value; expected numbers with + - * / and parentheses, or "
+                "answer form 'text'"
+            )
         return Example(
             id=row_id,
             dataset=dataset,
             split=SPLIT_OF_WORD.get(word, word),
             input=_join_inputs(row, input_columns),
-            label=_optional_text(row, label_column),
+            label=label,
             rationale=_optional_text(row, rationale_column),
             answer_form=answer_form,
         )

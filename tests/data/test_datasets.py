@@ -204,7 +204,7 @@ def test_csv_with_quotes_commas_and_line_breaks(tmp_path):
 
 def test_json_table_with_several_inputs_ids_and_unnamed_columns(tmp_path):
     rows = [
-        {"key": "k1", "premise": "p", "hypothesis": "h", "gold": "yes", "extra": [1]},
+        {"key": "k1", "premise": "p", "hypothesis": "h", "gold": "2 + 3", "extra": [1]},
         {"key": "k2", "premise": "q", "hypothesis": "i", "gold": None},
     ]
     path = write_json_lines(tmp_path / "t.jsonl", rows)
@@ -213,10 +213,22 @@ def test_json_table_with_several_inputs_ids_and_unnamed_columns(tmp_path):
         id_column="key", split="valid", answer_form="equation",
     )  # fmt: skip
     assert examples == [
-        Example("k1", "mine", "validation", "premise: p hypothesis: h", "yes",
+        Example("k1", "mine", "validation", "premise: p hypothesis: h", "2 + 3",
                 answer_form="equation"),
         Example("k2", "mine", "validation", "premise: q hypothesis: i", answer_form="equation"),
     ]  # fmt: skip
+
+
+def test_an_equation_without_a_value_is_no_label(tmp_path):
+    rows = [{"q": "?", "a": answer} for answer in ("84 / 2", "50%", "3 x 4", "1/0")]
+    path = write_json_lines(tmp_path / "t.jsonl", rows)
+    columns = {"input_columns": ["q"], "label_column": "a"}
+    with pytest.raises(InputError) as error:
+        read_table(path, "mine", **columns, answer_form="equation")
+    for line, label in ((2, "50%"), (3, "3 x 4"), (4, "1/0")):
+        assert f"{path}:{line}: label {label!r} has no value; expected numbers" in str(error.value)
+    assert f"{path}:1" not in str(error.value)
+    assert len(read_table(path, "mine", **columns)) == 4
 
 
 def test_missing_column_names_what_was_found_and_the_nearest(tmp_path):
