@@ -14,15 +14,10 @@ directory, and nothing is ever updated in place.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import os
-import shutil
-import socket
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -30,11 +25,11 @@ import numpy as np
 
 from dslt import strict_json
 from dslt.core.batch import EOS_ID
+from dslt.data.build_once import open_or_build
 from dslt.data.packing import TokenTable
 from dslt.data.target_layout import LABEL, TARGET_LAYOUTS, join_target
 from dslt.data.vocabulary import Vocabulary
 from dslt.errors import InputError
-from dslt.files import naming_full_disk
 from dslt.records import SPLITS, Example, read_examples
 
 FORMAT = 2  # of the directories below; raise it when what is in them changes
@@ -46,7 +41,6 @@ LABEL_SOURCES = ("gold", "teacher")
 
 SIDES = ("inputs", "targets")  # of a Task's examples
 CHUNK_EXAMPLES = 1024
-LEFT_SECS = 86_400  # after which another host's half-built directory is nobody's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +180,7 @@ def open_index(cache_dir: str | os.PathLike, path: str | os.PathLike) -> Records
         _write_json(directory / "meta.json", {"format": FORMAT, "counts": index.counts})
         _require_digest(index.path, digest)
 
-    directory = _open_or_build(Path(cache_dir), f"records-{digest[:16]}", build)
+    directory = open_or_build(Path(cache_dir), f"records-{digest[:16]}", build)
     counts = _read_meta(directory)["counts"]
     number = sum(split["examples"] for splits in counts.values() for split in splits.values())
     ids = _load_table(directory, "ids.npy", "id_offsets.npy", number)
@@ -263,7 +257,7 @@ def open_task(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     build = functools.partial(_build_task, key, index, vocabulary, settings, examples)
-    directory = _open_or_build(Path(cache_dir), f"{name}-{digest[:16]}", build)
+    directory = open_or_build(Path(cache_dir), f"{name}-{digest[:16]}", build)
     return CachedTask(directory, _read_meta(directory)["counts"])
 
 
@@ -408,82 +402,6 @@ class _ArrayWriter:
 
 def _add(counts: dict[str, int], name: str, number: int) -> None:
     counts[name] = counts.get(name, 0) + int(number)
-
-
-def _open_or_build(cache_dir: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """Returns the directory `name`, built first if it is missing.
-
-    It is built under another name and then renamed, so it is whole wherever it exists, whoever is
-    killed. A lock lets concurrent starters wait for the first; where the file system has none they
-    all build, and the first to rename wins.
-    """
-    final = cache_dir / name
-    if final.is_dir():
-        return final
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    _sweep(cache_dir)
-    with _lock(_lock_path(cache_dir, name)):
-        if final.is_dir():
-            return final
-        partial = Path(tempfile.mkdtemp(prefix=f".{name}~{socket.gethostname()}~", dir=cache_dir))
-        try:
-            with naming_full_disk(cache_dir):
-                build(partial)
-            partial.chmod(0o755)
-            partial.rename(final)
-        except OSError:
-            if not final.is_dir():  # else another builder was first
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return final
-
-
-def _sweep(cache_dir: Path) -> None:
-    """Removes what killed builders have left: `.NAME~HOST~…` whose lock nobody holds, and locks.
-
-    A lock may hold on one host alone, so what another host has left must be a day old, too.
-    """
-    for partial in cache_dir.glob(".*~*~*"):
-        name, host, _ = partial.name[1:].split("~", 2)
-        with (
-            _lock(_lock_path(cache_dir, name), wait=False) as is_ours,
-            contextlib.suppress(OSError),
-        ):
-            age_secs = time.time() - partial.stat().st_mtime
-            if is_ours and (host == socket.gethostname() or age_secs > LEFT_SECS):
-                shutil.rmtree(partial)
-    for path in cache_dir.glob(".*.lock"):
-        with _lock(path, wait=False):
-            pass  # its file goes with it
-
-
-def _lock_path(cache_dir: Path, name: str) -> Path:
-    return cache_dir / f".{name}.lock"
-
-
-@contextlib.contextmanager
-def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether this process has the lock: not where the file system has none, or, without `wait`,
-    where another has it. The lock's file goes with it."""
-    is_ours = False
-    while not is_ours:
-        file = path.open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            break
-        # Who had it before may have removed the file that was waited for.
-        with contextlib.suppress(FileNotFoundError):
-            is_ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        if not is_ours:
-            file.close()
-    with file:
-        try:
-            yield is_ours
-        finally:
-            if is_ours:
-                path.unlink(missing_ok=True)
 
 
 def _read_meta(directory: Path) -> dict:
