@@ -3,7 +3,7 @@
 Imports core, and of train and evaluate what a run compiles. It is handed configs and sees no gin.
 
     plan = plan_training(run, parse_topology("v5e:4x8"))
-    print("\\n".join(report_training(plan)))
+    plan.memory.fits()
 
 Nothing is executed: memory, FLOPs and bytes are those of the program, times are bounds.
 """
@@ -12,7 +12,6 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -30,7 +29,6 @@ from dslt.core.topology import (
     compile_devices,
     compiler_options,
     one_host,
-    slices,
 )
 from dslt.errors import InputError
 from dslt.evaluate import EvalConfig
@@ -41,7 +39,6 @@ from dslt.train import TrainConfig, compile_step
 # memory 2.46 GiB for 2.52. Elsewhere the two have differed by up to 13 %.
 QUICK = {"optimization_level": 9}  # XLA's O0
 MARGIN = 0.12  # of a chip's memory, that a search leaves free
-MOST_TRIALS = 6  # compilations to find the largest batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,241 +330,3 @@ def _wanted_bytes(message: str) -> int | None:
         return None
     number, unit = [part for part in found.groups() if part]
     return int(float(number) * units[unit])
-
-
-# ---------------------------------------------------------------------------------------------
-# What to change, what is possible
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """A run with some overrides, compiled."""
-
-    overrides: tuple[str, ...]
-    plan: TrainPlan
-
-
-def suggest(plan: TrainPlan, hbm_bytes: int | None = None) -> Iterator[Trial]:
-    """Compiles changes of a run that does not fit: each alone, then together until it fits."""
-    changes = list(_changes(plan))
-    fitting = False
-    for override, change in changes:
-        trial = _try(plan, ((override, change),), hbm_bytes)
-        fitting |= trial.plan.memory.fits()
-        yield trial
-    if fitting:
-        return
-    for count in range(2, len(changes) + 1):
-        trial = _try(plan, changes[:count], hbm_bytes)
-        yield trial
-        if trial.plan.memory.fits():
-            return
-
-
-def _changes(plan: TrainPlan) -> Iterator[tuple[str, Callable[[Run], Run]]]:
-    """Overrides that spare memory and are not in place yet, the cheapest in time first."""
-    run = plan.run
-
-    def change(field: str, **values) -> Callable[[Run], Run]:
-        return lambda run: dataclasses.replace(
-            run, **{field: dataclasses.replace(getattr(run, field), **values)}
-        )
-
-    if run.model.dtype == "float32":
-        yield "t5.T5Config.dtype = 'bfloat16'", change("model", dtype="bfloat16")
-    if plan.mesh_shape["data"] > 1:
-        text = "sharding.MeshConfig.data = 1 and sharding.MeshConfig.fsdp = -1"
-        yield text, change("mesh", data=1, fsdp=-1)
-    if not run.model.remat:
-        yield "t5.T5Config.remat = True", change("model", remat=True)
-    if run.optimizer.name == "adamw":
-        yield "optimizer.OptimizerConfig.name = 'adafactor'", change("optimizer", name="adafactor")
-    devices = plan.mesh_shape["data"] * plan.mesh_shape["fsdp"]
-    microbatches = run.train.accumulation_steps
-    while microbatches * 2 * devices <= plan.rows:
-        microbatches *= 2
-    if microbatches > run.train.accumulation_steps:
-        text = f"train.TrainConfig.accumulation_steps = {microbatches}"
-        yield text, change("train", accumulation_steps=microbatches)
-    if run.shape.examples > 1 and plan.rows > devices:
-        half = run.shape.examples // 2
-        text = f"pipeline.DataConfig.batch_examples = {half}"
-        yield text, lambda run: dataclasses.replace(run, shape=run.shape.scaled(half))
-
-
-def _try(plan: TrainPlan, changes, hbm_bytes) -> Trial:
-    run = plan.run
-    for _, change in changes:
-        run = change(run)
-    names = tuple(name for name, _ in changes)
-    return Trial(names, plan_training(run, plan.topology, quick=True, hbm_bytes=hbm_bytes))
-
-
-def largest_batch(
-    run: Run, topology: Topology, hbm_bytes: int | None = None, say: Callable = print
-) -> TrainPlan | None:
-    """The plan of the largest batch that fits with MARGIN to spare; None where not one row does.
-
-    Memory is nearly a line over the rows, so a trial lies where the line through the two largest
-    says until one does not fit, and then in the middle; at most MOST_TRIALS, to one row a device.
-    """
-    mesh = sharding.make_mesh(run.mesh, compile_devices(topology))
-    multiple = sharding.row_multiple(mesh, run.train.accumulation_steps)
-
-    def attempt(count: int) -> TrainPlan:
-        rows = count * multiple
-        examples = max(rows * run.shape.examples // run.shape.rows, 1)
-        shape = dataclasses.replace(run.shape, rows=rows, examples=examples)
-        found = plan_training(
-            dataclasses.replace(run, shape=shape), topology, quick=True, hbm_bytes=hbm_bytes
-        )
-        points[count] = found
-        say(f"  {examples} examples in {rows} rows: {found.memory.peak / GIB:.2f} GiB a chip")
-        return found
-
-    points: dict[int, TrainPlan] = {}
-    attempt(1)
-    attempt(max(2, -(-run.shape.rows // multiple)))
-    while len(points) < MOST_TRIALS:
-        fitting = [count for count, plan in points.items() if plan.memory.fits(MARGIN)]
-        others = [count for count in points if count not in fitting]
-        low, high = max(fitting, default=0), min(others, default=math.inf)
-        if not low or high - low <= 1:
-            break
-        guess = (low + high) // 2 if others else _where_full(points, 1 - MARGIN)
-        attempt(max(guess, low + 1))
-    fitting = [count for count, plan in points.items() if plan.memory.fits(MARGIN)]
-    return points[max(fitting)] if fitting else None
-
-
-def _where_full(points: dict[int, TrainPlan], share: float) -> int:
-    """Rows a device at which the line through the two largest compiled plans meets the limit."""
-    (x0, first), (x1, last) = sorted(points.items())[-2:]
-    slope = (last.memory.peak - first.memory.peak) / (x1 - x0)
-    room = last.memory.available * share - last.memory.peak
-    return math.floor(x1 + room / slope) if slope > 0 else x1 * 2
-
-
-def smallest_slice(
-    run: Run, topology: Topology, hbm_bytes: int | None = None, say: Callable = print
-) -> TrainPlan | None:
-    """The plan on the smallest slice of this generation that the run fits with MARGIN to spare."""
-    for candidate in slices(topology.version):
-        try:
-            found = plan_training(run, candidate, quick=True, hbm_bytes=hbm_bytes)
-        except InputError as error:  # the mesh's sizes are for other slices
-            say(f"  {candidate}: {error}")
-            continue
-        fits = found.memory.fits(MARGIN)
-        say(f"  {candidate}: {found.memory.peak / GIB:.2f} GiB a chip, {'fits' if fits else 'no'}")
-        if fits:
-            return found
-    return None
-
-
-# ---------------------------------------------------------------------------------------------
-# What is printed
-
-
-def report_training(plan: TrainPlan) -> list[str]:
-    """Lines: does it fit, what it computes, what it sends, what bounds it."""
-    shape, topology = plan.run.shape, plan.topology
-    mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh_shape.items() if size > 1)
-    lines = [
-        f"topology    {topology}: {topology.num_chips} chips, mesh {mesh or 'of one device'}",
-        f"batch       {shape.examples} examples in {plan.rows} rows of {shape.source_length} and "
-        f"{shape.target_length} tokens, fill {shape.fill:.2f} ({shape.origin})",
-    ]
-    if topology.chip.is_estimate:
-        lines.append(
-            "ESTIMATE    compiled for the CPU: a GPU's compiler fuses and lays out otherwise"
-        )
-    lines += ["", "train step, one chip"] + report_memory(plan.memory)
-    lines += ["", "FLOPs of a step, all chips"]
-    lines.append(
-        f"  model                 {plan.model_flops:.3e} (real tokens, no attention scores)"
-    )
-    lines.append(
-        f"  program               {plan.traced_flops:.3e} (padding, attention, rematerialisation)"
-    )
-    if plan.collectives:
-        lines += ["", "collectives of a step, one chip      GB sent    times"]
-        lines += [f"  {row}" for row in report_collectives(plan.collectives)]
-    if plan.host_transfers:
-        lines.append(f"  WARNING: the step talks to the host: {', '.join(plan.host_transfers)}")
-    return lines + (report_bounds(plan) if plan.memory.has_compiled else [])
-
-
-def report_decoding(plan: DecodePlan) -> list[str]:
-    """Lines: does decoding fit."""
-    what = f"{plan.rows} rows of {plan.source_length} tokens, up to {plan.max_length} decoded"
-    flops_line = f"  model FLOPs           {plan.model_flops:.3e} a batch, all chips"
-    where = f"one chip of the host's {plan.num_chips}" if plan.num_chips > 1 else "one chip"
-    return ["", f"decode, {where}: {what}", *report_memory(plan.memory), flops_line]
-
-
-def report_memory(memory: Memory) -> list[str]:
-    """Lines: bytes by kind, the peak and whether it fits."""
-    rows = {**memory.kinds, "activations, other": memory.rest}
-    lines = [f"  {name:<21} {size / GIB:8.3f} GiB" for name, size in rows.items()]
-    word = "peak" if memory.has_compiled else "wanted"
-    if memory.available is None:
-        return [*lines, f"  {word:<21} {memory.peak / GIB:8.3f} GiB"]
-    verdict = "fits" if memory.fits() else "DOES NOT FIT"
-    if memory.fits() and not memory.fits(MARGIN):
-        verdict = f"fits, with less than the {MARGIN:.0%} to spare that are advised"
-    have = f"of {memory.available / GIB:.2f} GiB: {verdict}"
-    return [*lines, f"  {word:<21} {memory.peak / GIB:8.3f} GiB {have}"]
-
-
-def report_collectives(collectives: list[hlo.Collective]) -> list[str]:
-    """A line for each kind and the axes it spans."""
-    groups: dict[tuple, list[hlo.Collective]] = {}
-    for collective in collectives:
-        groups.setdefault((collective.kind, collective.axes), []).append(collective)
-    lines = []
-    for (kind, axes), members in sorted(groups.items()):
-        sent = sum(c.sent_bytes * (c.times or 1) for c in members) / 1e9
-        times = sum(c.times or 1 for c in members)
-        unknown = (
-            " (loops of unknown length count once)" if None in [c.times for c in members] else ""
-        )
-        lines.append(f"{kind:<18} {' × '.join(axes):<14} {sent:9.3f} {times:8,}{unknown}")
-    return lines
-
-
-def report_bounds(plan: TrainPlan) -> list[str]:
-    """Lines: arithmetic intensity against the chip's roofs."""
-    bounds, chip = plan.bounds(), plan.topology.chip
-    if not bounds:
-        return []
-    per_chip = plan.traced_flops / plan.topology.num_chips
-    binding = max(bounds, key=bounds.get)
-    secs = bounds[binding]
-    lines = ["", "roofs, one chip                      at least     FLOPs a byte, chip's own"]
-    name = f"compute: {chip.peak_flops / 1e12:.0f} TFLOP/s bfloat16"
-    lines.append(f"  {name:<34} {bounds['compute'] * 1e3:7.1f} ms")
-    roofs = (
-        ("memory", plan.hbm_bytes, chip.hbm_bandwidth),
-        ("links", plan.sent_bytes, chip.link_bandwidth),
-    )
-    for roof, num_bytes, bandwidth in roofs:
-        name = f"{roof}: {num_bytes / 1e9:.1f} GB at {bandwidth / 1e9:.0f} GB/s"
-        line = f"  {name:<34} {bounds[roof] * 1e3:7.1f} ms"
-        if num_bytes:  # one chip sends nothing
-            line += f" {per_chip / num_bytes:8.0f} {chip.peak_flops / bandwidth:8.0f}"
-        lines.append(line)
-    most_mfu = plan.model_flops / secs / plan.topology.num_chips / chip.peak_flops
-    lines.append(
-        f"  {binding} binds: no step is shorter than {secs * 1e3:.1f} ms, so at most "
-        f"{plan.run.shape.examples / secs:.1f} examples/s and {most_mfu:.0%} MFU. A bound, not a "
-        "prediction."
-    )
-    return lines
-
-
-def report_trial(trial: Trial) -> str:
-    """A line: an override and what it leads to."""
-    memory = trial.plan.memory
-    verdict = "fits" if memory.fits() else "does not fit"
-    return f"  {memory.peak / GIB:8.2f} GiB, {verdict:<12}  {' and '.join(trial.overrides)}"

@@ -42,6 +42,8 @@ MAY_IMPORT = {
     "bench": (*STAGE, "train", "start", "bench_reference"),
     "bench_reference": ("core",),
     "plan": ("core", "train", "start", "evaluate"),
+    "plan_search": ("core", "plan"),
+    "plan_report": ("core", "plan", "plan_search"),
     "sweep": ("workdir", "records", "data.target_layout"),
     "serve": (*STAGE, "serve_engine"),
     "config": None,

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from dslt import config, plan
+from dslt import config, plan, plan_report, plan_search
 from dslt.core import t5
 from dslt.core.optimizer import OptimizerConfig
 from dslt.core.sharding import MeshConfig
@@ -102,8 +102,9 @@ def test_what_does_not_fit_is_said_and_mended_by_changes_that_were_compiled(plan
     assert plan.plan_training(RUN, CPU, hbm_bytes=enough).memory.fits()
     found = plan.plan_training(RUN, CPU, hbm_bytes=enough - 1)
     assert not found.memory.fits()
-    assert "DOES NOT FIT" in "\n".join(plan.report_training(found))
-    trials = {trial.overrides[0]: trial for trial in plan.suggest(found, hbm_bytes=enough - 1)}
+    assert "DOES NOT FIT" in "\n".join(plan_report.report_training(found))
+    suggested = plan_search.suggest(found, hbm_bytes=enough - 1)
+    trials = {trial.overrides[0]: trial for trial in suggested}
     half = trials["pipeline.DataConfig.batch_examples = 16"]
     assert half.plan.rows == 8 and half.plan.memory.fits()
     assert (
@@ -116,7 +117,7 @@ def test_what_does_not_fit_is_said_and_mended_by_changes_that_were_compiled(plan
 
 def test_the_largest_batch_fits_and_one_row_a_device_more_does_not(planned):
     limit = int(planned.memory.peak * 2.5)
-    best = plan.largest_batch(RUN, CPU, hbm_bytes=limit, say=lambda line: None)
+    best = plan_search.largest_batch(RUN, CPU, hbm_bytes=limit, say=lambda line: None)
     assert best.memory.fits(plan.MARGIN) and best.rows > planned.rows
     shape = dataclasses.replace(best.run.shape, rows=best.rows + 8)
     more = plan.plan_training(dataclasses.replace(RUN, shape=shape), CPU, hbm_bytes=limit)

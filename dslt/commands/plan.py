@@ -44,7 +44,7 @@ def plan(args) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run, and no accelerator is to be waited for
     # Programs for devices that are not there can be written to the cache and not be read back.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    from dslt import config
+    from dslt import config, plan_report, plan_search
     from dslt import plan as planning
     from dslt.core.topology import GIB, cloud_name, parse_topology
 
@@ -61,21 +61,21 @@ def plan(args) -> None:
     )
     hbm_bytes = int(args.hbm_gib * GIB) if args.hbm_gib else None
     found = planning.plan_training(run, topology, args.quick, hbm_bytes)
-    print("\n".join(planning.report_training(found)), flush=True)
+    print("\n".join(plan_report.report_training(found)), flush=True)
     decoding = planning.plan_decoding(run, topology, args.quick, hbm_bytes)
-    print("\n".join(planning.report_decoding(decoding)), flush=True)
+    print("\n".join(plan_report.report_decoding(decoding)), flush=True)
     if not found.memory.fits():
         print("\nwhat would help, compiled with little effort:", flush=True)
-        for trial in planning.suggest(found, hbm_bytes):
-            print(planning.report_trial(trial), flush=True)
+        for trial in plan_search.suggest(found, hbm_bytes):
+            print(plan_report.report_trial(trial), flush=True)
     if args.search:
         say = functools.partial(print, flush=True)
         print(f"\nlargest batch on {topology}, compiled with little effort:")
-        best = planning.largest_batch(run, topology, hbm_bytes, say)
+        best = plan_search.largest_batch(run, topology, hbm_bytes, say)
         print(f"  largest found: {best.run.shape.examples} examples" if best else "  none fits")
         if topology.is_tpu:
             print(f"\nsmallest {topology.version} slice for this batch:")
-            best = planning.smallest_slice(run, topology, hbm_bytes, say)
+            best = plan_search.smallest_slice(run, topology, hbm_bytes, say)
             name = best and f"{best.topology} ({cloud_name(best.topology)})"
             print(f"  smallest: {name}" if best else "  none fits")
 
