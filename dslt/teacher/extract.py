@@ -137,11 +137,30 @@ def ask_teachers(
 def plan_all(
     examples: Sequence[Example], rows: Sequence[int], teachers: Sequence[Teacher]
 ) -> list[Question]:
-    """The questions to all teachers, none of them hinted."""
+    """The questions to all teachers, none of them hinted.
+
+    Raises:
+      InputError: two teachers of one name, or equations that would be compared as text.
+    """
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names):
         raise InputError(f"two teachers are called alike among {', '.join(names)}; name them")
+    for teacher in teachers:
+        _check_comparable([examples[row] for row in rows], teacher)
     return [q for teacher in teachers for q in plan_questions(examples, rows, teacher)]
+
+
+def _check_comparable(examples: Iterable[Example], teacher: Teacher) -> None:
+    """Raises InputError where equations would be compared as text: `(84 / 2)` would not be 42."""
+    for example in examples:
+        is_equation = teacher.answer_form(example).kind == "equation"
+        if is_equation and example.answer_form != "equation":
+            raise InputError(
+                f"example {example.id}: teacher {teacher.name!r} is to answer by an equation, but "
+                f"the answer form is {example.answer_form!r}, which would judge (84 / 2) wrong "
+                "where 42 is right; expected --answer_form equation for a table of equations, "
+                "else another --prompt"
+            )
 
 
 def plan_hinted(

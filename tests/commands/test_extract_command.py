@@ -274,6 +274,19 @@ def test_a_tables_own_explanations_are_never_dropped_for_a_teachers(tmp_path, ba
     assert not out.exists()
 
 
+def test_equations_are_never_compared_as_text(tmp_path, capsys):
+    table = tmp_path / "mine.csv"
+    write_table(table, ("q", "a"), [(f"half of {n} ?", n / 2) for n in range(20)])
+    flags = ["--input_file", str(table), "--input_column", "q", "--label_column", "a"]
+    flags += ["--teacher", "endpoint", "--model", "m", "--base_url", "http://127.0.0.1:9/v1"]
+    flags += ["--dry_run", "--output_dir", str(tmp_path / "records")]
+    assert main(["extract", "--dataset", "mine", *flags, "--prompt", "equation"]) == 2
+    assert "expected --answer_form equation" in capsys.readouterr().err
+    assert main(["extract", "--dataset", "svamp", *flags]) == 2  # its prompt asks for equations
+    equations = ["--prompt", "equation", "--answer_form", "equation"]
+    assert main(["extract", "--dataset", "mine", *flags, *equations]) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
