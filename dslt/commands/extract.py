@@ -1,6 +1,7 @@
 """`dslt extract`: problems and a teacher's completions → records.jsonl."""
 
 import argparse
+import collections
 from pathlib import Path
 
 from dslt import strict_json
@@ -241,16 +242,30 @@ def ask(args, examples: list) -> int:
             return 0
         if args.merge_from:
             shards.check_complete(questions, store, [example.id for example in examples])
+        without = f" without {', '.join(silent)}" if silent else ""
+        if questions and len(unanswered) == len(questions):
+            raise InputError(
+                f"{describe_silence(questions, store)}. No records are written, and those that are "
+                f"there stay; look at the endpoint, then start the same command{without} again"
+            )
         summary = extraction.write_extraction(examples, rows, questions, store, filters)
     print(printable(extraction.format_summary(summary, config.prices)))
     if unanswered:
-        without = f"without {', '.join(silent)} " if silent else ""
         print(
-            f"{len(unanswered):,} questions have no answer; the same command {without}asks them "
+            f"{len(unanswered):,} questions have no answer; the same command{without} asks them "
             "again"
         )
     print(f"records: {summary.records_path}")
     return 0
+
+
+def describe_silence(questions: list, store) -> str:
+    """That not one question has an answer, with the most frequent cause."""
+    causes = collections.Counter(store.failures.get(q.key, "not asked") for q in questions)
+    cause, count = causes.most_common(1)[0]
+    return (
+        f"{store.directory}: none of {len(questions):,} questions has an answer; {cause}: {count:,}"
+    )
 
 
 def describe_dry_run(args, examples, questions, prices) -> str:

@@ -346,12 +346,12 @@ class _Asker:
         )
 
     async def _back_off(self, attempt: int, after: float | None) -> None:
-        """Waits as long as the endpoint asked for, all workers with it; else ever longer."""
+        """Waits ever longer before the next attempt; what the endpoint asks for holds all up."""
         if after is not None:
             self._paused_until = max(self._paused_until, time.monotonic() + after)
-            return
-        longest = min(FIRST_WAIT_SECS * 2**attempt, LONGEST_WAIT_SECS)
-        await self._sleep(longest * random.uniform(0.5, 1.0))
+        if attempt + 1 < self._config.max_attempts:
+            longest = min(FIRST_WAIT_SECS * 2**attempt, LONGEST_WAIT_SECS)
+            await self._sleep(longest * random.uniform(0.5, 1.0))
 
     async def _sleep(self, secs: float) -> None:
         """Sleeps, unless the run is stopped meanwhile."""

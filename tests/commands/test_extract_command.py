@@ -168,6 +168,26 @@ def test_the_batch_format_out_and_in(tmp_path, monkeypatch, capsys):
     ]
 
 
+def test_a_run_without_one_answer_fails_and_leaves_the_records(
+    tmp_path, base_url, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_claims(tmp_path / "claims.csv", rows=10)
+    assert run_recipe(NLI_RECIPE, base_url) == 0
+    records = Path("runs/claims/records/records.jsonl")
+    before = records.read_bytes()
+    capsys.readouterr()
+    unlucky = ["--model", "other", "--max_attempts", "1"]
+    assert run_recipe(NLI_RECIPE, "http://127.0.0.1:9/v1", *unlucky) == 2
+    assert "none of 30 questions has an answer; connection lost: 30" in capsys.readouterr().err
+    assert run_recipe(NLI_RECIPE, base_url, "--model", "another", "--offline") == 2
+    err = capsys.readouterr().err
+    assert "not asked: 30" in err and "the same command without --offline again" in err
+    assert [path.name for path in records.parent.glob("records*")] == ["records.jsonl"]
+    assert records.read_bytes() == before
+    assert run_recipe(NLI_RECIPE, base_url, *unlucky) == 0
+
+
 def test_several_teachers_side_by_side(tmp_path, capsys):
     teachers = [
         {"name": "careful", "weight": 0.75, "samples": 2},

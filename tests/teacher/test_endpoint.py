@@ -134,6 +134,15 @@ def test_retry_after_is_waited_for(tmp_path):
     assert second - first >= 0.6 and len(answers) == 1 and stats.retries == {"429": 1}
 
 
+def test_a_wait_of_nothing_is_no_leave_to_hurry(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_SECS", 0.2)
+    with answering([(429, {"Retry-After": "0"}, "{}")]) as (base_url, requests):
+        stats, _, failures = ask_all(make_teacher(base_url), tmp_path, FAST, EXAMPLES[:1])
+    first, second, third = (at for _, _, at in requests)
+    assert second - first >= 0.1 and third - second >= 0.2 and len(failures) == 1
+    assert stats.secs < third - first + 0.4  # nobody waits after the last attempt
+
+
 def test_a_wait_of_hours_ends_the_run_instead(tmp_path):
     responses = [(429, {"Retry-After": "7200"}, "{}")]
     with (
