@@ -229,7 +229,7 @@ def ask(args, examples: list) -> int:
         )
         if stats.attempts:
             print(extraction.format_stats(stats))
-        unanswered = extraction.pending(questions, store)
+        unanswered = extraction.pending(questions, store.answers)
         if stats.is_interrupted:
             print(
                 f"stopped; {len(unanswered):,} of {len(questions):,} questions have no answer "
@@ -271,13 +271,21 @@ def describe_silence(questions: list, store) -> str:
 def describe_dry_run(args, examples, questions, prices) -> str:
     """What would be asked, and what it would cost; what is answered already is not asked."""
     from dslt.teacher import estimate
-    from dslt.teacher.extract import pending
+    from dslt.teacher.extract import pending, plan_hinted
     from dslt.teacher.store import CompletionStore, has_store
 
+    answers = {}
     if has_store(args.output_dir):
         with CompletionStore(args.output_dir) as store:
-            questions = pending(questions, store)
-    return estimate.describe_run(examples, questions, prices)
+            answers = store.answers
+    asked, possible = pending(questions, answers), []
+    if args.retry_with_hint:
+        open_rows = {(question.teacher.name, question.row) for question in asked}
+        hinted = plan_hinted(examples, questions, answers, is_bound=True)
+        for question in pending(hinted, answers):
+            is_open = (question.teacher.name, question.row) in open_rows
+            (possible if is_open else asked).append(question)
+    return estimate.describe_run(examples, asked, possible, prices)
 
 
 def take_in_batches(args, examples, rows, teachers, store) -> str:
@@ -287,7 +295,7 @@ def take_in_batches(args, examples, rows, teachers, store) -> str:
 
     planned = plan_all(examples, rows, teachers)
     if args.retry_with_hint:
-        planned += plan_hinted(examples, planned, store)
+        planned += plan_hinted(examples, planned, store.answers)
     results = read_batch(args.read_batch, store, {question.key for question in planned})
     unused = ", ".join(f"{cause} {count:,}" for cause, count in results.unused.items())
     return f"batch results: {results.answers:,} new answers; not used: {unused or 'none'}"

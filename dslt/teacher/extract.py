@@ -16,7 +16,7 @@ import dataclasses
 import filecmp
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dslt.errors import InputError
@@ -35,7 +35,7 @@ from dslt.teacher.questions import (
     plan_questions,
     to_requests,
 )
-from dslt.teacher.store import CompletionStore
+from dslt.teacher.store import Answer, CompletionStore
 
 NO_COMPLETION = "no completion"
 
@@ -128,7 +128,7 @@ def ask_teachers(
     questions = plan_all(examples, rows, teachers)
     stats = _ask_pending(questions, store, config)
     if retry_with_hint and not stats.is_interrupted:
-        hinted = plan_hinted(examples, questions, store)
+        hinted = plan_hinted(examples, questions, store.answers)
         _add(stats, _ask_pending(hinted, store, config))
         questions += hinted
     return questions, stats
@@ -164,20 +164,28 @@ def _check_comparable(examples: Iterable[Example], teacher: Teacher) -> None:
 
 
 def plan_hinted(
-    examples: Sequence[Example], questions: Sequence[Question], store: CompletionStore
+    examples: Sequence[Example],
+    questions: Sequence[Question],
+    answers: Mapping[str, Answer],
+    *,
+    is_bound: bool = False,
 ) -> list[Question]:
     """The hinted questions about train examples whose teacher answered, never with the gold label.
 
     Held-out examples are not trained on, so nothing is spent on their rationales.
+
+    Args:
+      answers: by key.
+      is_bound: take what has no answer yet for wrong; so many questions may follow at most.
     """
     wrong: dict[str, dict[int, bool]] = {}
     teachers = {question.teacher.name: question.teacher for question in questions}
     for question in questions:
-        example = examples[question.row]
-        if example.split != "train" or example.label is None or question.key not in store.answers:
+        example, is_answered = examples[question.row], question.key in answers
+        if example.split != "train" or example.label is None or not (is_answered or is_bound):
             continue
-        parsed = parse_question(question, example, store)
-        is_wrong = parsed.answer is None or not is_gold(example, parsed.answer)
+        answer = parse_question(question, example, answers).answer if is_answered else None
+        is_wrong = answer is None or not is_gold(example, answer)
         of_teacher = wrong.setdefault(question.teacher.name, {})
         of_teacher[question.row] = of_teacher.get(question.row, True) and is_wrong
     return [
@@ -192,14 +200,14 @@ def plan_hinted(
     ]
 
 
-def pending(questions: Iterable[Question], store: CompletionStore) -> list[Question]:
+def pending(questions: Iterable[Question], answers: Mapping[str, Answer]) -> list[Question]:
     """The questions that have no answer yet."""
-    return [question for question in questions if question.key not in store.answers]
+    return [question for question in questions if question.key not in answers]
 
 
-def parse_question(question: Question, example: Example, store: CompletionStore):
-    """The Parsed of a question's stored answer."""
-    answer = store.answers[question.key]
+def parse_question(question: Question, example: Example, answers: Mapping[str, Answer]):
+    """The Parsed of a question's answer."""
+    answer = answers[question.key]
     return parse_completion(
         answer.text,
         question.teacher.answer_form(example),
@@ -333,7 +341,7 @@ def _ask_pending(
     """Sends each teacher what it has not answered."""
     total = AskStats()
     by_teacher: dict[str, list[Question]] = {}
-    for question in pending(questions, store):
+    for question in pending(questions, store.answers):
         by_teacher.setdefault(question.teacher.name, []).append(question)
     for unanswered in by_teacher.values():
         teacher = unanswered[0].teacher
@@ -363,7 +371,7 @@ def _to_record(
     """The example with what its answers teach, and for each question why it teaches nothing."""
     answered = [question for question in questions if question.key in store.answers]
     candidates = [
-        Candidate(q.teacher, q.sample, q.is_hinted, parse_question(q, example, store))
+        Candidate(q.teacher, q.sample, q.is_hinted, parse_question(q, example, store.answers))
         for q in answered
     ]
     choice = choose(example, candidates, filters)

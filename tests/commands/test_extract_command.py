@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -121,6 +122,28 @@ def test_a_dry_run_shows_the_prompt_and_the_price_and_writes_nothing(tmp_path, m
     assert "Q: premise: there are 0 cups . hypothesis: there are 0 cups ." in out
     assert "requests: 90 for 90 answers" in out and "cost: about 0." in out
     assert [path.name for path in tmp_path.iterdir()] == ["claims.csv"]
+
+
+def test_a_dry_run_counts_the_hinted_questions(tmp_path, base_url, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_claims(tmp_path / "claims.csv")
+    dry_run = ["--dry_run", "--price_input", "0", "--price_output", "1e6"]
+    assert run_recipe(NLI_RECIPE, base_url, *dry_run) == 0
+    out = capsys.readouterr().out
+    assert (
+        "hinted, should all answers be wrong: at most 27 more requests" in out
+    )  # of 30, 3 held out
+    assert f"at most {(90 + 27) * 512:,}.00" in out
+
+    assert run_recipe(NLI_RECIPE.replace("--retry_with_hint", ""), base_url) == 0
+    assert run_recipe(NLI_RECIPE, base_url, *dry_run) == 0
+    out = capsys.readouterr().out
+    assert "Hint: the answer is" in out and "at most 27" not in out
+    planned = int(re.search(r"requests: (\d+) for", out)[1])
+    assert run_recipe(NLI_RECIPE, base_url) == 0
+    assert f"sent {planned} requests" in capsys.readouterr().out and planned > 0
+    assert run_recipe(NLI_RECIPE, base_url, *dry_run) == 0
+    assert "nothing to ask" in capsys.readouterr().out
 
 
 def test_shards_are_asked_apart_and_merged(tmp_path, base_url, monkeypatch, capsys):
