@@ -58,6 +58,14 @@ _LETTER = re.compile(r"\(([a-z])\)|\b([a-z])\)|^([a-z])(?=[.:]|$)")
 _SENTENCE_END = (".", "!", "?", ")", '"', "}")
 _QUOTES = " \t*_\"'“”:"
 _UNIT = re.compile(r"[A-Za-z][A-Za-z' -]+")
+# With such a word behind it a number is another one, or is not all of it. (Quarters are coins too.)
+_NUMBER_WORD = re.compile(
+    r"\b(?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+    r"|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
+    r"|hundreds?|thousands?|(?:m|b|tr)illions?|dozens?|percent|per cent|half|halves|halved|thirds"
+    r"|doubled|tripled|twice|squared|cubed|times|plus|minus|divided|multiplied|added|subtracted)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,7 +352,8 @@ def _legal_equation(line: str) -> tuple[str | None, str | None]:
             return normalize_equation(sides[0]), None
         arithmetic = re.match(r"[-+*/()$,.\d\s]+", candidate)
         unit = candidate[arithmetic.end() :].rstrip(".") if arithmetic else ""
-        if _UNIT.fullmatch(unit) and evaluate_equation(arithmetic[0]) is not None:
+        is_unit = _UNIT.fullmatch(unit) and not _NUMBER_WORD.search(unit)
+        if is_unit and evaluate_equation(arithmetic[0]) is not None:
             return normalize_equation(arithmetic[0]), None
     parts = re.split(r"\s(?:and|or)\s", line)
     values = [evaluate_equation(part) for part in parts]
