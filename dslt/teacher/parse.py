@@ -292,15 +292,18 @@ def _legal_choice(line: str, choices: Sequence[str]) -> tuple[str | None, str | 
     right once, the letter never.
     """
     spelt = {normalize_text(choice): choice for choice in reversed(choices)}
+    rest = _LETTER.sub("", line.lower(), count=1).strip(" .:*_\"'")
+    for candidate in (rest, line):  # all of it: `(a) vitamin (c)` is no two answers
+        if normalize_text(candidate) in spelt:
+            return spelt[normalize_text(candidate)], None
     letters = [a or b or c for a, b, c in _LETTER.findall(line.lower())]
     named = {ord(letter) - ord("a") for letter in letters}
     named = {normalize_text(choices[index]) for index in named if index < len(choices)}
     if len(named) > 1:
         return None, TWO_ANSWERS
-    rest = _LETTER.sub("", line.lower(), count=1).strip(" .:*_\"'")
-    for candidate in (rest, rest.partition(". ")[0], line):
-        if normalize_text(candidate) in spelt:
-            return spelt[normalize_text(candidate)], None
+    first = normalize_text(rest.partition(". ")[0])
+    if first in spelt:
+        return spelt[first], None
     if len(letters) == 1 and named:
         (choice,) = named
         if not rest or _is_near(normalize_text(rest), choice):

@@ -110,6 +110,15 @@ def test_what_is_no_choice_has_its_reason(completion, reason):
     assert reason_of(completion, CHOICE) == reason
 
 
+def test_a_letter_within_a_choices_text_names_no_other_choice():
+    choices = ["vitamin (c)", "iron", "zinc"]
+    for said in ("(a) vitamin (c).", "vitamin (c)", "(a)", "(A) Vitamin (C)"):
+        assert answer_of(f"So the answer is {said}", CHOICE, choices) == "vitamin (c)"
+    both = "So the answer is (a) vitamin (c) or (b) iron."
+    assert reason_of(both, CHOICE, choices) == TWO_ANSWERS
+    assert reason_of("So the answer is (b) iron. (c) zinc.", CHOICE, choices) == TWO_ANSWERS
+
+
 def test_same_choice_twice_in_the_list_is_one_answer():
     choices = ["bus depot", "beach", "train station", "bridge", "bridge"]
     for letter in "de":
