@@ -31,6 +31,8 @@ FIRST_WAIT_SECS = 0.5  # before the second attempt; doubled with each, and drawn
 LONGEST_WAIT_SECS = 60.0
 TRANSIENT = (408, 409, 425, 429)  # and all from 500
 FAILURES_TO_STOP = 50  # in a row without an answer among them
+PROXY_VARIABLES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY")  # in lower case too
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 MIN_KEY_CHARACTERS = 8  # shorter "keys" are words that local servers are given
 LOG_SECS = 30  # between lines of progress where nobody watches
 
@@ -178,8 +180,12 @@ class _Asker:
     def __init__(self, openai, teacher, key: str, config: AskConfig, store, total: int):
         self._openai, self._config, self._store = openai, config, store
         self._secret = key if len(key) >= MIN_KEY_CHARACTERS else None
-        self._client = openai.AsyncOpenAI(
-            base_url=teacher.base_url, api_key=key, max_retries=0, timeout=config.timeout_secs
+        self._client = _make_client(
+            openai,
+            base_url=teacher.base_url,
+            api_key=key,
+            max_retries=0,
+            timeout=config.timeout_secs,
         )
         self._requests_limit = RateLimit(config.requests_per_minute)
         self._tokens_limit = RateLimit(config.tokens_per_minute)
@@ -426,6 +432,24 @@ def _import_openai():
             "pip install 'dslt[teacher]', or pip install openai"
         ) from None
     return openai
+
+
+def _make_client(openai, **options):
+    """The client; raises InputError where the environment's proxies or certificates are none."""
+    try:
+        return openai.AsyncOpenAI(**options)
+    except (ImportError, ValueError, OSError) as error:
+        names, expected = CERTIFICATE_VARIABLES, "certificates that can be read there"
+        if not isinstance(error, OSError):
+            names = PROXY_VARIABLES
+            expected = "http://HOST:PORT (a socks5:// proxy needs pip install socksio)"
+        found = [name for name in sorted(os.environ) if name.upper() in names]
+        if not found:
+            raise
+        raise InputError(  # without the error's text or a value: a proxy's may hold a password
+            f"the environment variable {' or '.join(found)} cannot be used by the endpoint's "
+            f"client ({type(error).__name__}); expected {expected}. Correct or unset it"
+        ) from None
 
 
 def _progress_bar(total: int, name: str):

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import signal
+import sys
 import threading
 import time
 
@@ -218,6 +219,33 @@ def test_keys_come_from_the_environment_alone(monkeypatch):
         assert "secret" not in str(caught.value)
     with pytest.raises(InputError, match="expected an address"):
         read_key(make_teacher("localhost:8000"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("ALL_PROXY", "ftp://me:secret@127.0.0.1:1", "expected http://HOST:PORT"),
+        ("https_proxy", "ftp://me:secret@127.0.0.1:1", "expected http://HOST:PORT"),
+        ("SSL_CERT_FILE", "/nonexistent", "expected certificates that can be read there"),
+    ],
+)
+def test_an_environment_that_no_client_can_use_is_named(tmp_path, monkeypatch, name, value, says):
+    for each in (*endpoint.PROXY_VARIABLES, *endpoint.CERTIFICATE_VARIABLES):
+        monkeypatch.delenv(each, raising=False)
+        monkeypatch.delenv(each.lower(), raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError) as caught:
+        ask_all(make_teacher("http://127.0.0.1:9/v1"), tmp_path)
+    message = str(caught.value)
+    assert f"variable {name} cannot be used" in message and says in message
+    assert "secret" not in message
+
+
+def test_a_proxy_that_needs_another_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://me:secret@127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(InputError, match="socks5:// proxy needs pip install socksio"):
+        ask_all(make_teacher("http://127.0.0.1:9/v1"), tmp_path)
 
 
 def test_request_fields(tmp_path):
