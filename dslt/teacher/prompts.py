@@ -123,7 +123,7 @@ class Prompt:
 
 
 def load_prompt(name: str, labels: Sequence[str] = ()) -> Prompt:
-    """Reads a prompt that comes with dslt, by its name, or a file of one's own, by its path.
+    """Reads a prompt that comes with dslt, by its bare name, or a file of one's own, by its path.
 
     Args:
       labels: of one's own; they replace the file's.
@@ -132,15 +132,16 @@ def load_prompt(name: str, labels: Sequence[str] = ()) -> Prompt:
       InputError: no such prompt, or a file that is none.
     """
     path = Path(name)
-    if path.suffix != ".toml":
-        path = DIRECTORY / f"{path.name}.toml"
+    if path.name == name and path.suffix != ".toml":
+        path = DIRECTORY / f"{name}.toml"
     try:
         source = path.read_text(encoding="utf-8")
         fields = tomllib.loads(source)
     except FileNotFoundError:
         known = ", ".join(sorted(each.stem for each in DIRECTORY.glob("*.toml")))
+        near = f"; there is {name}.toml" if Path(f"{name}.toml").is_file() else ""
         raise InputError(
-            f"{path}: there is no such prompt; expected {known}, or the path of a .toml file"
+            f"{name}: there is no such prompt{near}; expected {known}, or the path of a .toml file"
         ) from None
     except (OSError, ValueError, RecursionError) as error:  # a number too long is a ValueError
         raise InputError(f"{path}: is no prompt file ({error}); expected TOML") from None

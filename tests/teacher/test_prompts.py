@@ -109,6 +109,19 @@ def test_unknown_prompts_are_named_with_those_there_are():
     assert "expected choice, equation, generic, nli" in error_of("sums")
 
 
+def test_a_path_is_never_taken_for_a_shipped_prompt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    source = (DIRECTORY / "generic.toml").read_text()
+    for name in ("mine/nli.toml", "mine.toml"):
+        (tmp_path / name).write_text(source)
+    assert load_prompt("mine/nli.toml").answer_kind == "text"
+    assert "mine/nli: there is no such prompt; there is mine/nli.toml" in error_of("mine/nli")
+    assert "./nli: there is no such" in error_of("./nli")
+    assert "there is mine.toml; expected choice" in error_of("mine")
+    assert load_prompt("nli").answer_kind == "label"
+
+
 def test_a_declared_mark_is_read_in_any_case_and_spacing():
     prompt = Prompt("text", "Lösung:")
     example = parse_completion("Weil es regnet. lösung : nass.", prompt.form)
