@@ -361,11 +361,6 @@ def make_teacher(args, examples: list):
         raise InputError(f"--extra_body is no JSON ({error}); expected an object") from None
     if not isinstance(extra_body, dict):
         raise InputError(f"--extra_body is {args.extra_body}; expected a JSON object")
-    if type(extra_body.get("seed", 0)) not in (int, type(None)):
-        raise InputError(
-            f"--extra_body has the seed {extra_body['seed']!r}; expected a whole number, to which "
-            "each sample adds its own"
-        )
     return EndpointTeacher(
         args.name or model,
         **shared,

@@ -44,6 +44,11 @@ class Prices:
     input: float = 0.0
     output: float = 0.0
 
+    def __post_init__(self):
+        for name, price in (("price_input", self.input), ("price_output", self.output)):
+            if not 0 <= price < math.inf:
+                raise InputError(f"{name} is {price}; expected a finite number, 0 or more")
+
     def cost(self, input_tokens: int, output_tokens: int) -> float:
         return (self.input * input_tokens + self.output * output_tokens) / 1e6
 

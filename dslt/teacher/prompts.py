@@ -185,6 +185,9 @@ def _to_prompt(fields: dict, source: str, labels: tuple[str, ...]) -> Prompt:
             raise ValueError(f"{name} is missing")
     if labels:
         fields |= {"labels": labels, "answer_kind": "label"}
+    empty = [label for label in fields.get("labels", ()) if not label.strip()]
+    if empty:
+        raise ValueError(f"a label is {empty[0]!r}; expected some text")
     prompt = Prompt(**fields, source=source)
     prompt.form  # noqa: B018  raises ValueError for what is no answer form
     for name, placeholders in (("question", ["input"]), ("explanation", ["rationale", "answer"])):

@@ -19,6 +19,7 @@ from dslt.teacher.store import Answer, CompletionStore
 
 CHARACTERS_PER_TOKEN = 4  # of English text, roughly; for estimates alone
 MIN_WEIGHT = 1e-6  # what a teacher's rationales share of it stays a number in float32
+OWN_FIELDS = ("messages", "prompt", "n")  # of a request: no extra_body may have them
 PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 
 
@@ -77,7 +78,7 @@ class EndpointTeacher(Teacher):
       mode: `chat` or `completion`.
       temperature, max_tokens, seed: of sampling; None leaves the choice to the endpoint. Sample i
         gets seed + i.
-      extra_body: further fields of the request; null takes one out.
+      extra_body: further fields of the request, none of OWN_FIELDS; null takes one out.
       base_url: of the endpoint; None: OpenAI's, or what OPENAI_BASE_URL says.
       api_key_env: the environment variable that holds the key.
       samples_per_request: the `n` of a request, for endpoints that know it.
@@ -110,6 +111,33 @@ class EndpointTeacher(Teacher):
                 f"teacher {self.name!r}: samples_per_request is {self.samples_per_request}; "
                 "expected above 0"
             )
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InputError(
+                f"teacher {self.name!r}: max_tokens is {self.max_tokens}; expected above 0, or 0 "
+                "for the endpoint's own"
+            )
+        self._check_extra_body()
+
+    def _check_extra_body(self) -> None:
+        place = f"teacher {self.name!r}: extra_body"
+        taken = [name for name in OWN_FIELDS if name in self.extra_body]
+        if taken:
+            raise InputError(
+                f"{place} has {', '.join(taken)}; the prompt and samples_per_request say what a "
+                "request holds there, so leave it out"
+            )
+        seed = self.extra_body.get("seed")
+        if type(seed) not in (int, type(None)):
+            raise InputError(
+                f"{place} has the seed {seed!r}; expected a whole number, to which each sample "
+                "adds its own"
+            )
+        try:
+            json.dumps(self.extra_body, allow_nan=False)
+        except ValueError:
+            raise InputError(
+                f"{place} is {self.extra_body}; expected JSON, which has no NaN and no Infinity"
+            ) from None
 
     @property
     def prompt_digest(self) -> str | None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from fault_server import serving
 from dslt.errors import InputError
 from dslt.records import Example
 from dslt.teacher import endpoint
-from dslt.teacher.endpoint import AskConfig, RateLimit, ask, parse_retry_after, read_key
+from dslt.teacher.endpoint import AskConfig, Prices, RateLimit, ask, parse_retry_after, read_key
 from dslt.teacher.prompts import load_prompt
 from dslt.teacher.questions import EndpointTeacher, plan_questions, to_requests
 from dslt.teacher.responses import parse_response
@@ -285,6 +286,15 @@ def test_a_signal_waits_for_what_is_under_way_and_the_next_run_goes_on(tmp_path)
     asked = [json.loads(line)["prompt"] for line in log.open()]
     assert len(asked) == len(set(asked)) == 200  # nothing twice
     assert json.loads((output / "summary.json").read_text())["repeats"] == 0
+
+
+def test_prices_are_checked():
+    for price in (-3.0, math.nan, math.inf):
+        with pytest.raises(InputError, match=f"price_input is {price}; expected"):
+            Prices(input=price)
+        with pytest.raises(InputError, match=f"price_output is {price}; expected"):
+            Prices(output=price)
+    assert Prices(0.0, 15.0).cost(5, 2_000_000) == 30.0
 
 
 def test_limits_space_requests_and_tokens():

@@ -72,6 +72,7 @@ def test_labels_of_ones_own_make_the_generic_prompt_a_label_prompt():
     assert prompt.form.labels == ("good", "bad") and prompt.form.kind == "label"
     assert "X is one of: good, bad." in prompt.messages("x")[0]["content"]
     assert prompt.digest != load_prompt("generic").digest
+    assert "a label is '  '; expected some text" in error_of("generic", ["good", "  "])
 
 
 def test_a_prompt_is_stored_once_under_its_digest(tmp_path):

@@ -77,6 +77,16 @@ def test_teachers_are_checked():
             dataclasses.replace(TEACHER, temperature=temperature)
     with pytest.raises(InputError, match="samples_per_request is 0; expected above 0"):
         dataclasses.replace(TEACHER, samples_per_request=0)
+    with pytest.raises(InputError, match="max_tokens is -4; expected above 0"):
+        dataclasses.replace(TEACHER, max_tokens=-4)
+    for body, says in (
+        ({"messages": [1]}, "extra_body has messages; the prompt"),
+        ({"prompt": None, "n": 3}, "extra_body has prompt, n; the prompt"),
+        ({"seed": True}, "extra_body has the seed True; expected a whole number"),
+        ({"x": [math.nan]}, r"extra_body is {'x': \[nan\]}; expected JSON"),
+    ):
+        with pytest.raises(InputError, match=says):
+            dataclasses.replace(TEACHER, extra_body=body)
     with pytest.raises(InputError, match="mode is 'talk'"):
         dataclasses.replace(TEACHER, mode="talk")
     with pytest.raises(InputError, match="has no model"):
