@@ -45,13 +45,6 @@ def add(commands) -> None:
     embedded.add_argument("--validation", type=int, default=300, metavar="EXAMPLES")
     embedded.add_argument("--test", type=int, default=600, metavar="EXAMPLES")
     embedded.add_argument("--facts", type=int, default=3, help="stated a problem, for `facts`")
-    embedded.add_argument("--mistake_rate", type=float, default=0.0, help="of the scripted teacher")
-    embedded.add_argument(
-        "--wording",
-        type=int,
-        default=0,
-        help="of the scripted teacher, 0 or 1; --samples alternate",
-    )
 
     table = command.add_argument_group("your own JSONL or CSV table")
     table.add_argument("--input_file", help="a .jsonl, .json or .csv file")
@@ -64,9 +57,16 @@ def add(commands) -> None:
     table.add_argument("--split_column", help="train, validation or test in each row")
     table.add_argument("--answer_form", default="text", choices=("text", "equation"))
 
-    add_endpoint_flags(command)
-    add_asking_flags(command)
-    add_filter_flags(command)
+    for add_flags in TEACHER_FLAGS:
+        add_flags(command)
+
+
+def add_scripted_flags(command) -> None:
+    group = command.add_argument_group("the scripted teacher, of embedded problems")
+    group.add_argument(
+        "--mistake_rate", type=float, default=0.0, help="share of problems that it misreads"
+    )
+    group.add_argument("--wording", type=int, default=0, help="0 or 1; --samples alternate")
 
 
 def add_endpoint_flags(command) -> None:
@@ -79,9 +79,7 @@ def add_endpoint_flags(command) -> None:
     group.add_argument(
         "--prompt", help="nli, choice, equation, generic, or a .toml file; without it the dataset's"
     )
-    group.add_argument(
-        "--label", action="append", default=[], dest="labels", help="of your label set; repeatable"
-    )
+    group.add_argument("--label", action="append", default=[], help="of your label set; repeatable")
     group.add_argument("--mode", default="chat", choices=("chat", "completion"))
     group.add_argument("--temperature", type=float, default=0.7, help="below 0: the endpoint's own")
     group.add_argument("--max_tokens", type=natural, default=512, help="0: the endpoint's own")
@@ -162,11 +160,7 @@ def add_filter_flags(command) -> None:
 
 
 # What says nothing without a teacher.
-TEACHER_FLAGS = (
-    "model", "base_url", "prompt", "dry_run", "offline", "limit", "ask_split", "shard",
-    "merge_from", "write_batch", "read_batch", "retry_with_hint", "min_words", "max_words",
-    "max_question_overlap",
-)  # fmt: skip
+TEACHER_FLAGS = (add_scripted_flags, add_endpoint_flags, add_asking_flags, add_filter_flags)
 # With one of these nothing is sent.
 SILENT_FLAGS = ("offline", "merge_from", "write_batch", "read_batch")
 
@@ -174,8 +168,8 @@ SILENT_FLAGS = ("offline", "merge_from", "write_batch", "read_batch")
 def extract(args) -> int | None:
     """Asks what is not answered yet, writes the records, and prints what became of everything."""
     is_unexplained = args.teacher == "none" and not args.teachers
-    idle = [f"--{flag}" for flag in TEACHER_FLAGS if is_unexplained and getattr(args, flag)]
-    if idle:
+    idle = changed_teacher_flags(args)
+    if is_unexplained and idle:
         raise InputError(
             f"{', '.join(idle)} given, but no teacher; expected --teacher endpoint, scripted or "
             "released with it"
@@ -195,6 +189,15 @@ def extract(args) -> int | None:
         print(write_unexplained(examples, args.output_dir))
         return 0
     return ask(args, examples)
+
+
+def changed_teacher_flags(args) -> list[str]:
+    """Those of TEACHER_FLAGS that are not at their defaults."""
+    parser = argparse.ArgumentParser()
+    for add_flags in TEACHER_FLAGS:
+        add_flags(parser)
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name}" for name, value in defaults.items() if getattr(args, name) != value]
 
 
 def ask(args, examples: list) -> int:
@@ -365,7 +368,7 @@ def make_teacher(args, examples: list):
         args.name or model,
         **shared,
         model=model,
-        prompt=load_prompt(args.prompt or prompt_of(args.dataset), args.labels),
+        prompt=load_prompt(args.prompt or prompt_of(args.dataset), args.label),
         mode=args.mode,
         temperature=None if args.temperature < 0 else args.temperature,
         max_tokens=args.max_tokens or None,

@@ -272,6 +272,26 @@ def test_what_cannot_be_used_is_said_without_a_traceback(
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--label", "yes", "--label", "no"],
+        ["--samples", "4", "--keep", "gold", "--price_input", "3", "--max_rationales", "5"],
+        ["--mistake_rate", "0.3", "--wording", "1"],
+        ["--model", "m", "--dry_run", "--concurrency", "2"],
+    ],
+)
+def test_what_only_a_teacher_needs_is_refused_without_one(tmp_path, capsys, flags):
+    out = tmp_path / "records"
+    sizes = ["--train", "3", "--validation", "0", "--test", "0", "--output_dir", str(out)]
+    assert main(["extract", "--dataset", "facts", *flags, *sizes]) == 2
+    names = {word for word in flags if word.startswith("--")}
+    named, _, said = capsys.readouterr().err.removeprefix("dslt extract: ").partition(" given, ")
+    assert set(named.split(", ")) == names and said.startswith("but no teacher; expected")
+    assert not out.exists()
+    assert main(["extract", "--dataset", "facts", *sizes]) == 0
+
+
 def test_what_is_not_asked_about_stays_in_the_records(tmp_path, capsys):
     sizes = ["--train", "9", "--validation", "3", "--test", "3", "--output_dir", str(tmp_path)]
     flags = ["--teacher", "scripted", "--limit", "5", "--ask_split", "train"]
