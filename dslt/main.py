@@ -73,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(args, f"dslt {args.command}: {message}", 2)
     except KeyboardInterrupt as signal:
         message = f"dslt {args.command}: stopped on {signal or 'SIGINT'}; {signals.GOES_ON}"
-        return fail(args, message, INTERRUPTED)
+        status = fail(args, message, INTERRUPTED)
+        if argv is None:
+            signals.leave(status)
+        return status
     except Exception as error:
         if not is_distributed(args):
             raise

@@ -178,6 +178,11 @@ def train(
     with CheckpointManager(run.checkpoints, keep, together=True) as manager:
         graphdef, state = initial_state(config, model_config, optimizer, mesh, manager)
         start = int(state.step)
+        if start >= config.num_steps and not run.has_checkpoints():
+            raise InputError(
+                f"{config.branch_from}: the branch begins at step {start}, and "
+                f"train.TrainConfig.num_steps is {config.num_steps}; expected more steps than that"
+            )
         if start >= config.num_steps:
             print(f"Nothing to do: {run.path} has finished its {config.num_steps} steps.")
             set_state(run, "finished")
@@ -298,7 +303,7 @@ def too_many_skipped(run: RunDir, last: NonfiniteStep, in_a_row: int) -> str:
 def set_state(run: RunDir, state: str) -> None:
     """Says in run.json how far the run has come."""
     if distributed.is_main():
-        run.update_info(state=state)
+        run.set_state(state)
 
 
 def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, state, mesh):

@@ -112,15 +112,22 @@ class RunDir:
         found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
         return {int(path.name) for path in found if path.name.isdecimal()}
 
+    def set_state(self, state: str, **fields) -> None:
+        """Says how far the run has come and, once there are checkpoints, that there were some."""
+        if self.has_checkpoints():
+            fields["has_saved"] = True
+        self.update_info(state=state, **fields)
+
     def has_saved(self, save_every_steps: int) -> bool:
         """Whether a checkpoint was written once, wherever it is now.
 
-        A run that ended has saved. One that was killed logs steps beyond its second save only
-        after its first is on disk.
+        A run that was killed has not said so, but logs steps beyond its second save only after its
+        first is on disk.
         """
         rows = read_json_rows(self.metrics)
         is_past_one = bool(rows) and rows[-1]["step"] > 2 * save_every_steps
-        return self.state() in ("finished", "stopped") or is_past_one
+        has_said = self.info.exists() and read_json(self.info).get("has_saved", False)
+        return has_said or is_past_one
 
     def state(self) -> str | None:
         """`running`, `stopped` (by a signal or an error, to be resumed), `finished`; None before

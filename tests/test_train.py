@@ -7,6 +7,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -130,13 +133,57 @@ def test_a_signal_before_the_first_step_ends_the_start(
     where, name, number, records, tmp_path, monkeypatch, capsys
 ):
     cache = f"pipeline.DataConfig.cache_dir = {str(tmp_path / 'cache')!r}"
-    interrupt_at(monkeypatch, where, name, number=number)
-    assert main(train_args(records, tmp_path / "run", cache)) == INTERRUPTED
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, where, name, number=number)
+        assert main(train_args(records, tmp_path / "run", cache)) == INTERRUPTED
     assert f"stopped on {number.name}" in capsys.readouterr().err
     run = RunDir(tmp_path / "run")
     assert not run.has_checkpoints() and run.state() in (None, "stopped")
     left = list((tmp_path / "cache").iterdir())
     assert not [path for path in left if path.is_dir() and path.name.startswith(".")]
+    assert main(train_args(records, run.path, cache)) == 0
+    assert logged_steps(run) == list(range(1, NUM_STEPS + 1))
+
+
+def test_a_signal_while_xla_compiles_ends_the_process_in_order(records, tmp_path):
+    """Python's own ending, beside a thread that compiles, is a crash."""
+    endless = "train.TrainConfig.num_steps = 1000000"
+    program = [sys.executable, "-m", "dslt.main", *train_args(records, tmp_path / "run", endless)]
+    with subprocess.Popen(
+        program,
+        env=os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while "Starting from scratch" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(2.0)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == INTERRUPTED, errors
+    assert "stopped on SIGTERM" in errors
+
+
+def test_a_start_that_failed_may_be_mended(records, tmp_path, capsys):
+    run = RunDir(tmp_path / "run")
+    missing = f"train.TrainConfig.init_from = {str(tmp_path / 'missing')!r}"
+    assert main(train_args(records, run.path, missing)) == 2
+    assert "missing" in capsys.readouterr().err and run.state() == "stopped"
+    assert main(train_args(records, run.path)) == 0
+    shutil.rmtree(run.checkpoints)
+    assert main(train_args(records, run.path)) == 2
+    assert "holds an earlier training" in capsys.readouterr().err
+
+
+def test_what_devices_cannot_do_is_refused_before_anything_is_written(
+    undisturbed, records, tmp_path, capsys
+):
+    run = RunDir(Path(shutil.copytree(undisturbed.path, tmp_path / "run")))
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert main(train_args(records, run.path, "sharding.MeshConfig.data = 3")) == 2
+    assert "3 devices" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
 def test_a_signal_in_a_step_is_said_with_the_place_of_the_checkpoint(
@@ -322,6 +369,13 @@ def test_what_cannot_be_branched_from_is_one_message(undisturbed, records, tmp_p
     assert main(both) == 2
     assert "expected one of them" in capsys.readouterr().err
     branch = ["--branch_from", str(undisturbed.path)]
+    ended = tmp_path / "ended"
+    assert main([*train_args(records, ended), *branch]) == 2
+    message = f"begins at step {NUM_STEPS}, and train.TrainConfig.num_steps is {NUM_STEPS}"
+    assert message in capsys.readouterr().err
+    more = f"train.TrainConfig.num_steps = {NUM_STEPS + 1}"
+    assert main([*train_args(records, ended, more), *branch]) == 0
+    capsys.readouterr()
     for number, rule in enumerate(("name = 'adafactor'", "weight_decay = 0.1")):
         changed = f"optimizer.OptimizerConfig.{rule}"
         args = train_args(records, tmp_path / str(number), changed)

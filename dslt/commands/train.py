@@ -48,6 +48,7 @@ def train_here(args) -> int:
     branch = args.branch_from
     bindings = [f"train.TrainConfig.branch_from = {branch!r}"] if branch else []
     configs = config.parse(args.gin_files, [*args.gin, *bindings])
+    check_devices(configs)
     run = RunDir(Path(args.run_dir))
     changes = []
     with contextlib.ExitStack() as stack:
@@ -78,6 +79,16 @@ def train_here(args) -> int:
     return 0 if int(state.step) >= configs.train.num_steps else INTERRUPTED
 
 
+def check_devices(configs) -> None:
+    """Raises InputError where the config cannot be trained on these devices."""
+    from dslt.core import attention, sharding
+    from dslt.core.optimizer import make_optimizer
+
+    mesh = sharding.make_mesh(configs.mesh)
+    attention.check_platform(configs.model.attention, mesh.devices.flat[0].platform)
+    make_optimizer(configs.optimizer, configs.train.num_steps)
+
+
 @contextlib.contextmanager
 def stopped_by_errors(run) -> Iterator[None]:
     """Says in run.json that the run has stopped, where the block ends by an error or a signal."""
@@ -85,7 +96,7 @@ def stopped_by_errors(run) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(OSError, InputError):
-            run.update_info(state="stopped")
+            run.set_state("stopped")
         raise
 
 
@@ -187,9 +198,9 @@ def describe_run(run, configs, stream, vocabulary) -> None:
     if configs.train.branch_from and not run.has_checkpoints():
         checkpoints, step = find_branch(Path(configs.train.branch_from))
         branch["branched_from"] = {"checkpoints": str(checkpoints), "step": step}
-    run.update_info(
+    run.set_state(
+        "running",
         **branch,
-        state="running",
         seed=configs.train.seed,
         rationale_weight=configs.train.rationale_weight,
         num_params=num_params,
