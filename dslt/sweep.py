@@ -43,8 +43,8 @@ class SweepConfig:
       budgets: `steps` gives every method the setting's number of steps. `compute` gives a method
         without rationale task as many steps as the FLOPs of the two tasks would buy it; the others
         are what it is compared with.
-      augmentation: records files whose problems join the train split of the methods that learn the
-        teacher's labels, in runs of their own.
+      augmentation: records files whose train problems join those of the methods that learn the
+        teacher's labels, in runs of their own; the others of their problems are not judged.
       overrides: bindings for every run.
     """
 
@@ -148,9 +148,9 @@ def expand(
                 "budget": budget,
                 "is_augmented": is_augmented,
             }
-            records = (config.records[number], *(config.augmentation if is_augmented else ()))
             bindings = {
-                "pipeline.DataConfig.records": records,
+                "pipeline.DataConfig.records": (config.records[number],),
+                "pipeline.DataConfig.augmentation": config.augmentation if is_augmented else (),
                 "pipeline.DataConfig.train_fraction": fraction,
                 "train.TrainConfig.seed": seed,
                 "train.TrainConfig.rationale_weight": rationale_weight,

@@ -169,7 +169,7 @@ def test_records_explained_otherwise_are_for_the_methods_that_learn_of_the_teach
     )
 
 
-def test_an_augmented_run_reads_the_other_problems_too(records):
+def test_an_augmented_run_learns_of_the_other_problems_too(records):
     runs = expand(
         SweepConfig(
             records=records[:1],
@@ -180,8 +180,9 @@ def test_an_augmented_run_reads_the_other_problems_too(records):
         ),
         config.parse,
     )
-    read = [config.parse(run.gin_files, run.overrides).data.records for run in runs]
-    assert read == [records[:1], records]
+    read = [config.parse(run.gin_files, run.overrides).data for run in runs]
+    assert [data.records for data in read] == [records[:1]] * 2
+    assert [data.augmentation for data in read] == [(), records[1:]]
 
 
 @pytest.mark.parametrize(

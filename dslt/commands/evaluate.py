@@ -112,7 +112,7 @@ def open_examples(run, data, splits, vocabulary) -> list:
         if split not in found:
             print(f"warning: no example is in split {split!r}")
     trained_on = read_json(run.info).get("records", {}) if run.info.exists() else {}
-    for path, digest in records_digests(data).items():
+    for path, digest in records_digests(data.records).items():
         if trained_on.get(path, digest) != digest:
             print(f"warning: {path} has changed since the run began; its splits may be others")
     examples = [example for split in found.values() for example in split]

@@ -88,7 +88,7 @@ def batch_shape(args, configs):
     roles = 2 if configs.train.rationale_weight > 0 else 1
     examples = data.batch_examples
     given = [args.rows, args.source_length, args.target_length]
-    has_records = bool(data.records) and all(Path(path).is_file() for path in data.records)
+    has_records = bool(data.records) and all(map(os.path.isfile, data.train_files))
     if any(given) or not has_records:
         origin = "as given" if all(given) else "no packing, each segment as long as allowed"
         if any(given) and not all(given):

@@ -92,7 +92,7 @@ def is_done_as_asked(experiment, run) -> bool:
     changes = config.find_changes(was, now)
     refused = [str(change) for change in changes if not change.is_allowed]
     if not refused:
-        digests = records_digests(now.data)
+        digests = records_digests(now.data.train_files)
         found = read_json(run.info).get("records", {})
         refused = [
             f"{path}: its content has changed since"

@@ -72,6 +72,8 @@ class DataConfig(TaskSettings):
 
     Attributes:
       records: JSONL files of records; a dataset lies in one file only.
+      augmentation: more of them, of which the train split alone is used; none of their examples
+        is judged.
       vocabulary: a SentencePiece file, a Hugging Face tokenizer's directory, `bytes`, or `train:N`
         for at most N pieces trained on the train splits of these records.
       train_fraction: the share of each dataset's train examples that is learnt from, in (0, 1]. By
@@ -89,6 +91,7 @@ class DataConfig(TaskSettings):
     """
 
     records: tuple[str, ...] = ()
+    augmentation: tuple[str, ...] = ()
     vocabulary: str = ""
     train_fraction: float = 1.0
     shuffle_rationales: bool = False
@@ -112,6 +115,11 @@ class DataConfig(TaskSettings):
             raise InputError(
                 f"DataConfig.train_fraction is {self.train_fraction}; expected above 0, at most 1"
             )
+
+    @property
+    def train_files(self) -> tuple[str, ...]:
+        """All records files that are trained on. Raises InputError where `records` is empty."""
+        return (*_records_paths(self), *self.augmentation)
 
     @property
     def rationale_start_id(self) -> int:
@@ -182,8 +190,9 @@ class TrainStream:
         self.num_rationales = int((self._lengths[:, 2] > 0).sum())
         if use_rationales and not self.num_rationales:
             raise InputError(
-                f"none of the {self.num_examples} train examples of {', '.join(config.records)} "
-                "has a rationale; extract rationales first, or set rationale_weight to 0"
+                f"none of the {self.num_examples} train examples of "
+                f"{', '.join(config.train_files)} has a rationale; extract rationales first, or "
+                "set rationale_weight to 0"
             )
         self.order = PairOrder(
             sizes=tuple(len(train_set.rows) for train_set in self._sets),
@@ -393,7 +402,7 @@ def open_train_sets(
     settings = config.task_settings()
     cache_dir = config.cache_dir or Path(_records_paths(config)[0]).parent / "token_cache"
     file_of_dataset: dict[str, RecordsIndex] = {}
-    for path in _records_paths(config):
+    for path in config.train_files:
         index = open_index(cache_dir, path)
         for name in index.datasets:
             if name in file_of_dataset:
@@ -409,8 +418,9 @@ def open_train_sets(
     ]
     if not train_sets:
         raise InputError(
-            f"{', '.join(config.records)}: no example of split 'train' has a {config.label_source} "
-            "label; expected some to learn from. Look at the fields split, label and teacher_label"
+            f"{', '.join(config.train_files)}: no example of split 'train' has a "
+            f"{config.label_source} label; expected some to learn from. Look at the fields split, "
+            "label and teacher_label"
         )
     return train_sets
 
@@ -454,9 +464,9 @@ def read_eval_inputs(
     return {split: examples for split, examples in found.items() if examples}
 
 
-def records_digests(config: DataConfig) -> dict[str, str]:
+def records_digests(paths: Sequence[str]) -> dict[str, str]:
     """Path to sha256 hex of each records file, as `TrainStream.records_digests` has it."""
-    return {str(path): file_digest(path) for path in map(Path, _records_paths(config))}
+    return {str(path): file_digest(path) for path in map(Path, paths)}
 
 
 def count_splits(config: DataConfig) -> collections.Counter:
@@ -478,7 +488,7 @@ def encode_example(config: DataConfig, example: Example, vocabulary: Vocabulary)
 def _train_texts(config: DataConfig) -> Iterator[str]:
     if config.target_layout != LABEL:
         yield MARK[config.target_layout]
-    for path in _records_paths(config):
+    for path in config.train_files:
         for example in read_examples(path):
             if example.split != "train":
                 continue

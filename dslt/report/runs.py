@@ -255,7 +255,8 @@ def _derived_settings(info: Mapping, config: Mapping) -> dict:
         settings["seed"] = info["seed"]
     if _is_number(info.get("num_params")):
         settings["model"] = f"{info['num_params']:,} parameters"
-    return settings | {"variant": "", "budget": "steps", "is_augmented": "False"}
+    is_augmented = bool(config.get("pipeline.DataConfig.augmentation"))
+    return settings | {"variant": "", "budget": "steps", "is_augmented": str(is_augmented)}
 
 
 def _derived_method(weight: float, config: Mapping) -> str:

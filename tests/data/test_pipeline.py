@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from dslt.core.batch import ROLE_LABEL, ROLE_RATIONALE, BatchCounts, count_targets
-from dslt.data.pipeline import TrainStream, eval_inputs, make_vocabulary
+from dslt.data.pipeline import (
+    TrainStream,
+    eval_inputs,
+    make_vocabulary,
+    read_eval_inputs,
+    records_digests,
+)
 from dslt.data.vocabulary import load_vocabulary
 from dslt.errors import InputError
 from dslt.records import Example, Rationale, write_rows
@@ -382,6 +388,33 @@ def test_a_dataset_in_two_files_is_an_input_error(config, cache_dir, tmp_path):
     config = dataclasses.replace(config, records=(*config.records, str(tmp_path / "r.jsonl")))
     with pytest.raises(InputError, match=r"dataset 'sums' is in .* and in "):
         open_stream(config, cache_dir)
+
+
+def test_an_augmentation_is_learnt_from_and_not_judged(
+    config, cache_dir, examples, vocabulary, tmp_path
+):
+    """Its held-out rows are nobody's; its train rows teach the vocabulary too."""
+    path = tmp_path / "more.jsonl"
+    renamed = {"dataset": "more", "input": "Zoe has 3 hats."}
+    write_rows(path, [dataclasses.replace(example, **renamed) for example in examples])
+    augmented = dataclasses.replace(config, augmentation=(str(path),))
+    stream = open_stream(augmented, cache_dir)
+    assert stream.num_examples == 2 * open_stream(config, cache_dir).num_examples
+    assert stream.records_digests.keys() == {*config.records, str(path)}
+    assert stream.records_digests == records_digests(augmented.train_files)
+    splits = ("validation", "test")
+    found, expected = (read_eval_inputs(c, splits, vocabulary) for c in (augmented, config))
+    for split in splits:
+        assert [e.example for e in found[split]] == [e.example for e in expected[split]]
+    trained = dataclasses.replace(augmented, vocabulary="train:60")
+    both = dataclasses.replace(trained, records=augmented.train_files, augmentation=())
+    alone = dataclasses.replace(trained, augmentation=())
+    configs = (trained, both, alone)
+    digests = [make_vocabulary(c, tmp_path / "v").digest for c in configs]
+    assert digests[0] == digests[1] != digests[2]
+    twice = dataclasses.replace(config, augmentation=config.records)
+    with pytest.raises(InputError, match=r"dataset 'sums' is in .* and in "):
+        open_stream(twice, cache_dir)
 
 
 def test_an_unknown_or_empty_split_is_an_input_error(config, second_records_path, vocabulary):

@@ -109,6 +109,9 @@ def test_a_run_started_by_hand_is_what_its_own_files_say(tmp_path):
     config = path / "config.gin"
     config.write_text(config.read_text().replace("'gold'", "'teacher'"))
     assert read_run(path, "b").settings["method"] == "distillation"
+    with config.open("a") as file:
+        file.write("pipeline.DataConfig.augmentation = ('more.jsonl',)\n")
+    assert read_run(path, "b").settings["is_augmented"] == "True"
     (path / "experiment.json").write_text('{"method": "mine", "fraction": 0.25, "teacher": "x"}')
     settings = read_run(path, "b").settings
     assert (settings["method"], settings["fraction"], settings["teacher"]) == ("mine", 0.25, "x")
