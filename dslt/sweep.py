@@ -10,6 +10,7 @@ on the run alone, so that a larger sweep finds the runs of a smaller one:
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,14 @@ STEPS = "steps"
 COMPUTE = "compute"
 BUDGETS = (STEPS, COMPUTE)
 EXPERIMENT = "experiment.json"  # in a run's directory: what of the sweep it is
+# What a sweep itself sets in each run, and the field of SweepConfig that says it.
+SET_BY = {
+    "pipeline.DataConfig.records": "records",
+    "pipeline.DataConfig.augmentation": "augmentation",
+    "pipeline.DataConfig.train_fraction": "fractions",
+    "train.TrainConfig.seed": "seeds",
+    "train.TrainConfig.rationale_weight": "rationale_weights",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +54,7 @@ class SweepConfig:
         are what it is compared with.
       augmentation: records files whose train problems join those of the methods that learn the
         teacher's labels, in runs of their own; the others of their problems are not judged.
-      overrides: bindings for every run.
+      overrides: bindings for every run, but of what SET_BY names.
     """
 
     records: tuple[str, ...] = ()
@@ -92,6 +101,12 @@ class SweepConfig:
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise InputError(f"SweepConfig.fractions has {fraction}; expected 0 < f <= 1")
+        for name in re.findall(r"^\s*([\w.]+)\s*=", "\n".join(self.overrides), re.M):
+            if name in SET_BY:
+                raise InputError(
+                    f"SweepConfig.overrides binds {name}, which the sweep sets in each run; "
+                    f"expected SweepConfig.{SET_BY[name]} to say it"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

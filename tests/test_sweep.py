@@ -15,7 +15,7 @@ from dslt.core.flops import train_step_flops
 from dslt.data.pipeline import TrainStream, make_vocabulary
 from dslt.errors import InputError
 from dslt.main import main
-from dslt.sweep import SweepConfig, equal_compute_steps, expand, is_done
+from dslt.sweep import SET_BY, SweepConfig, equal_compute_steps, expand, is_done
 from dslt.workdir import RunDir, read_json, read_json_rows
 
 ONE_METHOD = {"settings": ("settings/facts.gin",), "methods": ("runs/step_by_step.gin",)}
@@ -95,6 +95,7 @@ def test_a_run_is_given_what_its_name_says(records):
         config.parse,
     )
     assert run.name == "facts-step_by_step-mini_256-lambda0.3-25pct-seed5"
+    assert {binding.split(" = ")[0] for binding in run.overrides[1:]} == set(SET_BY)
     found = config.parse(run.gin_files, run.overrides)
     assert (found.train.seed, found.train.rationale_weight, found.train.num_steps) == (5, 0.3, 11)
     assert (found.data.train_fraction, found.data.records) == (0.25, records[:1])
@@ -197,6 +198,11 @@ def test_an_augmented_run_learns_of_the_other_problems_too(records):
         ({"budgets": ("time",)}, "budgets has 'time'; expected some of steps, compute"),
         ({"settings": ("a", "b", "c")}, "settings has 3 files and records has 2"),
         ({"settings": ("settings/nothing.gin",)}, "no shipped gin file"),
+        ({"overrides": ("train.TrainConfig.seed = 5",)}, r"expected SweepConfig.seeds to say it"),
+        (
+            {"overrides": (SMALL[0], "pipeline.DataConfig.train_fraction=0.1")},
+            r"binds pipeline.DataConfig.train_fraction, .* expected SweepConfig.fractions",
+        ),
     ],
 )
 def test_a_sweep_that_cannot_be_is_one_message(fields, says, records):
@@ -290,6 +296,16 @@ def test_a_finished_run_of_another_config_or_of_other_records_is_not_taken_for_d
     info.write_text(kept)
     assert main(done) == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("flag", ["--list", "--estimate"])
+def test_what_only_prints_starts_no_run(swept, capsys, flag):
+    args, directory, _ = swept
+    missing = "facts-fine_tuning-50pct-seed0"
+    with pytest.raises(SystemExit, match="2"):
+        main([*args, flag, "--only", missing])
+    assert f"--only: not allowed with argument {flag}" in capsys.readouterr().err
+    assert not (directory / missing).exists()
 
 
 def test_a_list_of_nothing_is_empty(swept, capsys):

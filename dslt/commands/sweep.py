@@ -29,15 +29,16 @@ def add(commands) -> None:
     command.add_argument(
         "--jobs", type=positive, default=1, help="runs at a time; the cores are shared out"
     )
-    command.add_argument(
+    what = command.add_mutually_exclusive_group()
+    what.add_argument(
         "--list", action="store_true", help="print a command a run that is missing, and stop"
     )
-    command.add_argument(
+    what.add_argument(
         "--estimate",
         action="store_true",
         help="print what training the missing runs costs, and stop",
     )
-    command.add_argument("--only", metavar="RUN", help="this run alone, in this process")
+    what.add_argument("--only", metavar="RUN", help="this run alone, in this process")
 
 
 def sweep(args) -> int:
