@@ -1,8 +1,10 @@
 """A sweep's runs: which there are, what they are called, and that they are done once."""
 
+import argparse
 import dataclasses
 import itertools
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dslt import config
+from dslt.commands import sweep as command
 from dslt.core.flops import train_step_flops
 from dslt.data.pipeline import TrainStream, make_vocabulary
 from dslt.errors import InputError
@@ -365,6 +368,31 @@ def test_what_fails_is_said_and_does_not_stop_the_rest(swept):
     assert "expected train.TrainConfig.rationale_weight = 0" in done.stdout
     assert is_done(RunDir(directory / "facts-fine_tuning-50pct-seed0"))
     assert (directory / only / "run.json").stat().st_mtime_ns == before
+
+
+def test_a_run_that_cannot_be_started_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "arguments", lambda args, name: ["--help"])  # done at once
+    (tmp_path / "a").touch()
+    assert command.run_all(argparse.Namespace(jobs=2), ["a", "b", "c"], tmp_path) == 1
+    printed = capsys.readouterr()
+    assert "a: cannot be started ([Errno 17] File exists" in printed.err
+    assert "1 failed: a; the same command tries them again" in printed.err
+    assert "b: no validation split" in printed.out and "c: no validation split" in printed.out
+
+
+def test_whatever_ends_a_sweep_stops_the_runs_that_it_started(tmp_path, monkeypatch):
+    started = []
+
+    def start_run(*_):
+        if started:
+            raise MemoryError
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return started[0]
+
+    monkeypatch.setattr(command, "start_run", start_run)
+    with pytest.raises(MemoryError):
+        command.run_all(argparse.Namespace(jobs=2), ["a", "b"], tmp_path)
+    assert started[0].poll() == -signal.SIGTERM
 
 
 def test_a_run_that_another_process_works_on_is_left_to_it(swept, capsys):

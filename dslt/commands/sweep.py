@@ -1,5 +1,6 @@
 """`dslt sweep`: the paper's comparisons, as ordinary runs side by side."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from dslt import signals
@@ -233,14 +235,17 @@ def run_all(args, names: list[str], directory: Path) -> int:
     waiting, under_way, failed, busy = list(names), {}, [], []
     free_cores = share_cores(args.jobs)
     started_secs = time.perf_counter()
-    with signals.deferred() as stop:
-        while waiting or under_way:
-            if stop.is_requested:
-                return stop_all([process for process, *_ in under_way.values()])
+    with signals.deferred() as stop, stopping(under_way):
+        while (waiting or under_way) and not stop.is_requested:
             while waiting and len(under_way) < args.jobs:
-                name, cores = waiting.pop(0), free_cores.pop()
-                process = start_run(args, name, directory, environment, cores)
-                under_way[name] = process, cores, time.perf_counter()
+                name = waiting.pop(0)
+                try:
+                    process = start_run(args, name, directory, environment, free_cores[-1])
+                except OSError as error:
+                    failed.append(name)
+                    print(f"{name}: cannot be started ({error})", file=sys.stderr)
+                    continue
+                under_way[name] = process, free_cores.pop(), time.perf_counter()
             time.sleep(POLL_SECS)
             for name, (process, cores, began_secs) in list(under_way.items()):
                 status = process.poll()
@@ -254,22 +259,31 @@ def run_all(args, names: list[str], directory: Path) -> int:
                 secs = time.perf_counter() - began_secs
                 print(f"[{done}/{len(names)}] {secs:,.0f} s  {describe(directory / name, status)}")
                 sys.stdout.flush()
+    if waiting or under_way:
+        print("Stopped: what was under way is saved. The same command goes on.")
+        return signals.INTERRUPTED
     print(f"{len(names)} runs in {(time.perf_counter() - started_secs) / 60:,.1f} minutes")
     if busy:
         print(f"{len(busy)} of them are worked on by another process: {', '.join(busy)}")
     if failed:
-        print(f"{len(failed)} failed; the same command tries them again", file=sys.stderr)
+        print(
+            f"{len(failed)} failed: {', '.join(failed)}; the same command tries them again",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 
-def stop_all(processes: list[subprocess.Popen]) -> int:
-    """Hands a signal on and waits until what was under way is saved."""
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
-    for process in processes:
-        process.wait()
-    print("Stopped: what was under way is saved. The same command goes on.")
-    return signals.INTERRUPTED
+@contextlib.contextmanager
+def stopping(under_way: dict[str, tuple]) -> Iterator[None]:
+    """However the block ends, stops the runs that are still under way, and waits until they are
+    saved; a run's first entry is its process."""
+    try:
+        yield
+    finally:
+        for process, *_ in under_way.values():
+            process.send_signal(signal.SIGTERM)
+        for process, *_ in under_way.values():
+            process.wait()
 
 
 def share_cores(jobs: int) -> list[tuple[int, ...]]:
@@ -296,7 +310,8 @@ def start_run(
             start_new_session=True,  # a Ctrl-C is handed on once, not twice
         )
     if cores:
-        os.sched_setaffinity(process.pid, cores)
+        with contextlib.suppress(OSError):  # it runs on any core
+            os.sched_setaffinity(process.pid, cores)
     return process
 
 
