@@ -13,12 +13,13 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from dslt.errors import InputError
 from dslt.files import write_text
 from dslt.report import browser, compare, tables
 from dslt.report.compare import Group
 from dslt.report.figures import Figure, curve_figures, data_figure, model_figure, to_svg
 from dslt.report.formats import Table, markdown_text, to_csv, to_markdown
-from dslt.report.runs import Run, find_runs
+from dslt.report.runs import Run, find_runs, is_run
 from dslt.report.svg import palette
 
 
@@ -61,8 +62,14 @@ def write_report(paths: Sequence[Path], output_dir: Path, reference: str | None 
       reference: the line that others are compared with; without it fine-tuning.
 
     Raises:
-      InputError: there is no run, or no comparable run is of the line `reference`.
+      InputError: there is no run, no comparable run is of the line `reference`, or `output_dir` is
+        a run's directory.
     """
+    if is_run(output_dir):
+        raise InputError(
+            f"{output_dir}: is a run's directory; expected another --output_dir: the report is not "
+            "a part of the run"
+        )
     runs, passed_over = find_runs(paths, skip=output_dir)
     report = make_report(runs, passed_over, reference)
     for table in report.tables.values():

@@ -70,6 +70,11 @@ class Run:
         return " + ".join(names) or str(self.settings.get("dataset", "unknown"))
 
 
+def is_run(path: Path) -> bool:
+    """Whether it is a run's directory, of whatever state."""
+    return any((path / file).exists() for file in RUN_FILES)
+
+
 def find_runs(
     paths: Sequence[Path], skip: Path | None = None
 ) -> tuple[list[Run], list[tuple[str, str]]]:
@@ -90,14 +95,14 @@ def find_runs(
         path = RunDir(given).path  # refuses gs://
         if not path.is_dir():
             raise InputError(f"{path}: is no directory; expected a run's, or one that holds runs")
-        for directory, is_run in _walk(path):
+        for directory, has_run in _walk(path):
             if skip and directory.resolve() == skip.resolve():
                 continue
             inside = directory.relative_to(path)
             name = printable(directory.resolve().name if directory == path else str(inside))
             if len(paths) > 1 and directory != path:
                 name = f"{printable(path.name)}/{name}"
-            if is_run:
+            if has_run:
                 found.setdefault(directory.resolve(), name)
             else:
                 is_empty = not any(directory.iterdir())
@@ -117,7 +122,7 @@ def _walk(path: Path) -> Iterator[tuple[Path, bool]]:
 
     Hidden directories are nobody's run.
     """
-    if any((path / file).exists() for file in RUN_FILES):
+    if is_run(path):
         yield path, True
         return
     try:
@@ -129,7 +134,7 @@ def _walk(path: Path) -> Iterator[tuple[Path, bool]]:
     except OSError:
         children = []
     below = [entry for child in children for entry in _walk(child)]
-    yield from below if any(is_run for _, is_run in below) else [(path, False)]
+    yield from below if any(has_run for _, has_run in below) else [(path, False)]
 
 
 def read_run(path: Path, name: str) -> Run:

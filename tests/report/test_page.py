@@ -237,6 +237,15 @@ def test_what_cannot_be_reported_is_said_without_a_traceback(
     assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_runs_directory_is_no_place_for_a_report(tmp_path, capsys):
+    run = make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    before = sorted(run.iterdir())
+    assert main(["report", str(tmp_path), "--output_dir", str(run)]) == 2
+    assert f"{run}: is a run's directory; expected another" in capsys.readouterr().err
+    assert sorted(run.iterdir()) == before
+
+
 def test_without_its_libraries_the_command_names_the_extra(tmp_path):
     """As where dslt is installed without extras."""
     code = (
