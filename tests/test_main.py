@@ -19,6 +19,7 @@ from dslt import mirror
 from dslt.checkpoint.manager import CheckpointManager, finished_steps
 from dslt.commands.students import make_answer_sets
 from dslt.data.vocabulary import load_vocabulary
+from dslt.errors import InputError
 from dslt.evaluate import EvalConfig
 from dslt.main import main
 from dslt.mirror import RunBucket
@@ -445,6 +446,13 @@ def test_a_checkpoint_is_judged_by_the_likelihood_of_labels(run, tmp_path, one_d
     assert row["validation/accuracy"] == pytest.approx(np.mean(hits))
 
 
+def test_labels_that_are_the_same_tokens_are_no_set_to_judge_by(run, capsys):
+    labels = "evaluate.EvalConfig.labels = ('日本', '中国')"
+    gin = ["--gin", labels, "--gin", "evaluate.EvalConfig.answers = 'trie'"]
+    assert main(["evaluate", "--run_dir", str(run.path), "--step", "6", *gin]) == 2
+    assert "the labels '日本' and '中国' are the same tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -455,6 +463,11 @@ def test_a_checkpoint_is_judged_by_the_likelihood_of_labels(run, tmp_path, one_d
         (["--answers", "trie", "--strategy", "beam"], "expected strategy 'greedy', or answers"),
         (["--answers", "open", "--label", "a"], "expected 'trie' or 'likelihood' to answer with"),
         (["--answers", "trie"], "input 1: answers is 'trie', but its text lists no `Answer Choi"),
+        (["--label", "a", "--label", ""], "the label '' is blank; expected text"),
+        (
+            ["--label", "日本", "--label", "中国"],
+            "the labels '日本' and '中国' are the same tokens",
+        ),
         (["--label", "x" * 99], "tokens; expected at most max_label_length = 64"),
     ],
     ids=" ".join,
@@ -465,15 +478,22 @@ def test_flags_that_do_not_go_together_are_one_message(flags, says, run, records
     assert says in captured.err and "Traceback" not in captured.err and not captured.out
 
 
-def test_answers_that_are_the_same_tokens_are_one():
+def test_labels_that_are_the_same_tokens_are_refused_and_choices_counted(capsys):
     vocabulary = types.SimpleNamespace(encode=lambda text: [len(text)])
-    config = EvalConfig(answers="trie", labels=("one", "two", "three", "one"))
+    config = EvalConfig(answers="trie", labels=("one", "three", "one"))
     [answers] = make_answer_sets([("input 1", "?")], config, vocabulary)
     assert answers.texts == ("one", "three") and answers.tokens == ((3, 1), (5, 1))
+    config = EvalConfig(answers="trie", labels=("one", "three", "two"))
+    with pytest.raises(InputError, match=r"^the labels 'one' and 'two' are the same tokens"):
+        make_answer_sets([("input 1", "?")], config, vocabulary)
     listed = "which ?\nAnswer Choices:\n(a) cat\n(b) mouse\n"
+    alike = ("input 2", listed + "(c) dog\n")
     config = EvalConfig(answers="trie")
-    [answers] = make_answer_sets([("input 1", listed)], config, vocabulary)
-    assert answers.texts == ("cat", "mouse")
+    sets = make_answer_sets([("input 1", listed), alike, alike], config, vocabulary)
+    assert [answers.texts for answers in sets] == [("cat", "mouse")] * 3
+    assert "warning: 2 of 3 inputs list choices" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"^input 2: the choices 'cat' and 'dog' are the same"):
+        make_answer_sets([alike], config, vocabulary, is_strict=True)
 
 
 @pytest.mark.parametrize(

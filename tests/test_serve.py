@@ -281,6 +281,11 @@ def test_a_port_that_there_cannot_be_is_refused_before_the_student_is_read(port,
     assert "argument --port: " in capsys.readouterr().err
 
 
+def test_a_blank_label_is_refused_before_anything_is_compiled(student, capsys):
+    assert main(["serve", "--student", str(student), "--label", "a", "--label", " "]) == 2
+    assert "the label ' ' is blank; expected text" in capsys.readouterr().err
+
+
 def test_a_port_in_use_is_said_without_a_traceback(student, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -69,11 +69,11 @@ def serve(args) -> None:
     )
 
     def answers_of(text: str):
-        return make_answer_sets([("the input", text)], choice, vocabulary)[0]
+        return make_answer_sets([("the input", text)], choice, vocabulary, is_strict=True)[0]
 
     is_open = config.answers == "open"
     if config.labels:
-        answers_of("")  # a label that is too long is said now
+        answers_of("")  # a label that cannot be answered is said now
     engine = Engine(
         path, format, vocabulary.encode, vocabulary.decode, config, None if is_open else answers_of
     )

@@ -53,23 +53,31 @@ def answer_reader(config, target_layout: str, max_target_length: int) -> tuple:
     return dataclasses.replace(config, max_label_length=length), reader
 
 
-def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> list:
+def make_answer_sets(
+    inputs: Sequence[tuple[str, str]], config, vocabulary, is_strict: bool = False
+) -> list:
     """What each input may be answered with: the config's labels, or the choices that it lists.
 
-    Of texts that are the same tokens to the student, the first stands for all.
+    Of an input's own choices that are the same tokens to the student, the first stands for all, and
+    how many inputs have such is said.
 
     Args:
       inputs: how an error calls each, and its text.
+      is_strict: refuses such choices.
 
     Raises:
-      InputError: an input has no answers to choose from, or an answer is too long.
+      InputError: an input has no answers to choose from, an answer is too long, or a label is blank
+        or the same tokens as another one.
     """
     from dslt.core.answers import AnswerSet
     from dslt.core.batch import EOS_ID
     from dslt.teacher.parse import choices_in
 
+    blank = [label for label in config.labels if not label.strip()]
+    if blank:
+        raise InputError(f"the label {blank[0]!r} is blank; expected text")
     sets: dict[tuple[str, ...], AnswerSet] = {}
-    chosen = []
+    chosen, num_alike = [], 0
     for name, text in inputs:
         texts = tuple(dict.fromkeys(config.labels or choices_in(text)))
         if not texts:
@@ -81,7 +89,14 @@ def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> l
             text_of: dict[tuple[int, ...], str] = {}
             for answer in texts:
                 ids = (*vocabulary.encode(answer), EOS_ID)
-                text_of.setdefault(ids, answer)
+                first = text_of.setdefault(ids, answer)
+                if first != answer and (config.labels or is_strict):
+                    whose = "the labels" if config.labels else f"{name}: the choices"
+                    raise InputError(
+                        f"{whose} {first!r} and {answer!r} are the same tokens to this student, "
+                        "which could never answer the second; expected texts that its vocabulary "
+                        "tells apart. Give other words, or leave one out"
+                    )
                 if len(ids) > config.max_label_length:
                     raise InputError(
                         f"{name}: the answer {answer!r} has {len(ids)} tokens; expected at most "
@@ -89,4 +104,11 @@ def make_answer_sets(inputs: Sequence[tuple[str, str]], config, vocabulary) -> l
                     )
             sets[texts] = AnswerSet(tuple(text_of.values()), tuple(text_of))
         chosen.append(sets[texts])
+        num_alike += len(sets[texts].texts) < len(texts)
+    if num_alike:
+        print(
+            f"warning: {num_alike} of {len(inputs)} inputs list choices that are the same tokens "
+            "to this student; of these it answers with the first",
+            file=sys.stderr,
+        )
     return chosen
