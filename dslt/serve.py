@@ -6,8 +6,9 @@
     GET  /metrics       Prometheus
     GET  /openapi.json  the schemas
 
-What is refused: 413 a body or a list that is too long, 422 an input that is (none is cut), 503 with
-Retry-After what finds the queue full or the student not ready.
+What is refused: 408 a body that does not come whole in time, 413 a body or a list that is too long,
+422 an input that is (none is cut), 503 with Retry-After what finds the queue full or the student
+not ready.
 """
 
 import asyncio
@@ -79,7 +80,8 @@ def make_app(engine: Engine, title: str) -> fastapi.FastAPI:
         redoc_url=None,
         exception_handlers={RequestValidationError: _refuse_malformed},
     )
-    app.add_middleware(_Gate, engine=engine)
+    app.state.bodies = set()  # the time limits of those that are on their way
+    app.add_middleware(_Gate, engine=engine, bodies=app.state.bodies)
     page, headers = _read_page(title)
 
     @app.post("/predict", response_model_exclude_none=True)
@@ -135,25 +137,54 @@ def serve(app: fastapi.FastAPI, host: str, port: int, stop_secs: int) -> None:
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=stop_secs
     )
     with signals.deferred():  # uvicorn hears of a signal, ends in order, and raises it again
-        uvicorn.Server(config).run(sockets=[listening])
+        _Server(config).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Told to stop, it waits for no body that is still on its way."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for limit in self.config.app.state.bodies:
+            if not limit.expired():
+                limit.reschedule(0)
+        await super().shutdown(sockets)
 
 
 class _Gate:
-    """ASGI middleware: bounds the body of a request, and counts and times those to /predict."""
+    """ASGI middleware: bounds the body of a request and the time that it takes to come, and counts
+    and times those to /predict."""
 
-    def __init__(self, app, engine: Engine):
-        self._app, self._engine = app, engine
+    def __init__(self, app, engine: Engine, bodies: set[asyncio.Timeout]):
+        self._app, self._engine, self._bodies = app, engine, bodies
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started_secs, max_bytes, received = time.perf_counter(), self._engine.config.max_bytes, 0
+        body_secs, is_whole = self._engine.config.body_secs, False
+        deadline = asyncio.get_running_loop().time() + body_secs
 
         async def receive_bounded():
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_whole
+            if is_whole:  # what is awaited now is the end of the connection
+                return await receive()
+            limit = asyncio.timeout_at(deadline)
+            self._bodies.add(limit)
+            try:
+                async with limit:
+                    message = await receive()
+            except TimeoutError:
+                raise fastapi.HTTPException(
+                    408,
+                    f"{received} bytes of the body have come, and not its end; expected it whole "
+                    f"within {body_secs:g} s, and before the server stops",
+                    {"Connection": "close"},
+                ) from None
+            finally:
+                self._bodies.discard(limit)
             received += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
             if received > max_bytes:
                 raise fastapi.HTTPException(
                     413, f"the body has more than {max_bytes} bytes; send fewer inputs at once"

@@ -49,6 +49,7 @@ class ServeConfig:
       max_queue: labels and rationales that may wait for a place; what is more is refused.
       max_inputs: in a request.
       max_bytes: of a request's body.
+      body_secs: for a request's body to come whole.
       max_label_length: tokens of a label at most, EOS included.
       max_rationale_length: likewise of a rationale.
       answers: `open`: any text. `likelihood`: the most likely one of a set.
@@ -60,6 +61,7 @@ class ServeConfig:
     max_queue: int = 256
     max_inputs: int = 64
     max_bytes: int = 1_000_000
+    body_secs: float = 10.0
     max_label_length: int = 64
     max_rationale_length: int = 256
     answers: str = "open"

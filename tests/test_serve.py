@@ -3,6 +3,7 @@
 The browser tests need playwright and a Chromium at /usr/bin/chromium (or $CHROMIUM).
 """
 
+import asyncio
 import concurrent.futures
 import contextlib
 import http.client
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,15 @@ reason = "`dslt serve` needs fastapi and uvicorn: pip install '.[serve]'"
 for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason=reason)
 
+import fastapi  # noqa: E402
+
 from dslt.checkpoint import hf_t5  # noqa: E402
 from dslt.commands.serve import is_loopback  # noqa: E402
 from dslt.core import t5  # noqa: E402
 from dslt.data.vocabulary import ByteVocabulary  # noqa: E402
 from dslt.main import main  # noqa: E402
+from dslt.serve import _Gate  # noqa: E402
+from dslt.serve_engine import ServeConfig  # noqa: E402
 from dslt.workdir import StudentFormat  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -100,8 +106,7 @@ class Server:
         status, _, content = self.request("POST", "/predict", body, headers)
         return status, json.loads(content)
 
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
+    def wait(self) -> int:
         self.output += self.process.communicate(timeout=60)[0].splitlines(keepends=True)
         return self.process.returncode
 
@@ -214,6 +219,38 @@ def test_a_full_queue_says_when_to_come_again(server):
     assert server.predict("still there")[0] == 200
 
 
+def test_a_body_that_does_not_come_whole_is_waited_for_so_long_alone():
+    """What is awaited after the body, the end of the connection, may take longer."""
+
+    async def read_body(scope, receive, send):
+        while (await receive())["more_body"]:
+            pass
+        await receive()
+
+    def receive_from(*messages):
+        waiting = list(messages)
+
+        async def receive():
+            if not waiting:
+                await asyncio.sleep(0.2)
+                return {"type": "http.disconnect"}
+            return waiting.pop(0)
+
+        return receive
+
+    engine = types.SimpleNamespace(config=ServeConfig(body_secs=0.1))
+    bodies = set()
+    gate = _Gate(read_body, engine, bodies)
+    scope = {"type": "http", "path": "/predict"}
+    part, end = (
+        {"type": "http.request", "body": b"{", "more_body": more} for more in (True, False)
+    )
+    asyncio.run(gate(scope, receive_from(part, end), None))
+    with pytest.raises(fastapi.HTTPException, match="1 bytes of the body have come") as refused:
+        asyncio.run(gate(scope, receive_from(part), None))
+    assert refused.value.status_code == 408 and not bodies
+
+
 def test_metrics_count(server):
     def read() -> dict[str, float]:
         lines = server.request("GET", "/metrics")[2].decode().splitlines()
@@ -242,17 +279,23 @@ def test_the_schema_is_there_and_loads_nothing(server):
 
 
 def test_sigterm_answers_what_has_come_and_ends_well(student):
-    """With a set of labels: their probabilities sum to one."""
+    """But not a request that is still on its way. With a set of labels: their probabilities sum to
+    one."""
     server = Server(student, "--label", "yes", "--label", "no", "--host", "0.0.0.0")
     with contextlib.ExitStack() as stack:
         stack.callback(server.process.kill)
         server.wait_until_ready()
+        unfinished = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        unfinished.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
         with concurrent.futures.ThreadPoolExecutor(1) as clients:
             texts = [f"text {i}" for i in range(64)]
             asked = clients.submit(server.predict, *texts, rationales=True)
             while b"dslt_waiting 0.0" in server.request("GET", "/metrics")[2]:
                 time.sleep(0.001)
-            assert server.stop() == 0
+            server.process.send_signal(signal.SIGTERM)
+            unfinished.settimeout(ServeConfig.body_secs / 2)
+            assert unfinished.recv(12) == b"HTTP/1.1 408"
+            assert server.wait() == 0
             status, found = asked.result()
     assert status == 200 and len(found["predictions"]) == 64
     answer = found["predictions"][0]
