@@ -34,6 +34,7 @@ from dslt.serve_engine import Engine, Overloaded
 
 PAGE = Path(__file__).with_name("serve_page.html")
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
+MAX_KEY = 100  # characters of a key that an answer repeats
 
 
 class PredictRequest(pydantic.BaseModel):
@@ -203,9 +204,15 @@ class _Gate:
 
 
 async def _refuse_malformed(request, error: RequestValidationError) -> Response:
-    """422 without what was sent: that may be long, or no text at all."""
-    faults = [{"where": fault["loc"], "message": fault["msg"]} for fault in error.errors()]
-    return JSONResponse({"detail": faults[:20]}, 422)
+    """422 without what was sent: that may be long, or no text at all. Its keys are cut."""
+    faults = [
+        {
+            "where": [part[:MAX_KEY] if isinstance(part, str) else part for part in fault["loc"]],
+            "message": fault["msg"],
+        }
+        for fault in error.errors()[:20]
+    ]
+    return JSONResponse({"detail": faults}, 422)
 
 
 def _read_page(title: str) -> tuple[str, dict[str, str]]:

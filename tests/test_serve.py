@@ -251,6 +251,15 @@ def test_a_body_that_does_not_come_whole_is_waited_for_so_long_alone():
     assert refused.value.status_code == 408 and not bodies
 
 
+def test_a_refusal_does_not_repeat_what_was_sent(server):
+    body = json.dumps({"inputs": ["a"], "k" * 8000: 1})
+    headers = {"Content-Type": "application/json"}
+    status, _, content = server.request("POST", "/predict", body, headers)
+    [fault] = json.loads(content)["detail"]
+    assert status == 422 and len(content) < 300
+    assert fault["where"][0] == "body" and fault["where"][1].startswith("kkkk")
+
+
 def test_metrics_count(server):
     def read() -> dict[str, float]:
         lines = server.request("GET", "/metrics")[2].decode().splitlines()
