@@ -14,10 +14,36 @@ from scipy import stats
 
 from dslt.errors import InputError
 from dslt.metrics import Accuracy, accuracy, is_correct
-from dslt.report.runs import Run
+from dslt.report.runs import Run, printable
 
 # What has a place of its own in figures and tables; the other settings tell lines apart.
 _PLACED = ("method", "dataset", "fraction", "model", "seed")
+# Of config.gin what tells no lines apart: what is placed or a setting already, paths, and what
+# changes how a run is computed and what is kept of it (`MAY_CHANGE` of config.py), not its answers.
+NO_LINE = (
+    "train.TrainConfig.seed",
+    "train.TrainConfig.rationale_weight",
+    "train.TrainConfig.save_every_steps",
+    "train.TrainConfig.keep_checkpoints",
+    "train.TrainConfig.log_every_steps",
+    "train.TrainConfig.on_nonfinite",
+    "t5.T5Config.remat",
+    "t5.T5Config.scan_unroll",
+    "sharding.MeshConfig.",
+    "pipeline.DataConfig.train_fraction",
+    "pipeline.DataConfig.label_source",
+    "pipeline.DataConfig.records",
+    "pipeline.DataConfig.augmentation",
+    "pipeline.DataConfig.cache_dir",
+    "evaluate.EvalConfig.seed",
+    "evaluate.EvalConfig.splits",
+    "evaluate.EvalConfig.rows",
+    "evaluate.EvalConfig.max_rationale_length",
+    "evaluate.EvalConfig.with_rationales",
+    "evaluate.EvalConfig.poll_secs",
+    "evaluate.EvalConfig.silence_secs",
+    "evaluate.EvalConfig.give_up_secs",
+)
 _TITLES = {
     "fine_tuning": "fine-tuning",
     "step_by_step": "step-by-step",
@@ -125,7 +151,8 @@ class PairedTest:
 
 
 def line_names(runs: Sequence[Run]) -> dict[str, str]:
-    """By run's name its line: the method, and each other setting in which its runs differ."""
+    """By run's name its line: the method, each other setting in which its runs differ, and each
+    field of their configs that differs where dataset, fraction and model are the same."""
     names = {}
     for method, group in grouped(runs, lambda run: str(run.settings["method"])).items():
         keys = dict.fromkeys(key for run in group for key in run.settings if key not in _PLACED)
@@ -135,7 +162,48 @@ def line_names(runs: Sequence[Run]) -> dict[str, str]:
             extras = [_setting_text(key, value) for key, value in told if value != ""]
             title = _TITLES.get(method, method.replace("_", " "))
             names[run.name] = ", ".join([title, *extras])
+    for line, group in grouped(runs, lambda run: names[run.name]).items():
+        configs = {run.name: _told_config(run) for run in group}
+        differing = _differing_fields(group, configs)
+        for run in group:
+            told = [(key, configs[run.name].get(key, "")) for key in differing]
+            extras = [f"{key.rpartition('.')[2]} {value}" for key, value in told if value]
+            names[run.name] = ", ".join([line, *extras])
     return names
+
+
+def _told_config(run: Run) -> dict[str, str]:
+    """The fields of the run's config that may tell lines apart; what it read by its digests, not by
+    its paths, where run.json has them."""
+    config = {
+        name: printable(str(value))
+        for name, value in run.config.items()
+        if not name.startswith(NO_LINE)
+    }
+    if isinstance(records := run.info.get("records"), dict):
+        config["records"] = " ".join(sorted(printable(str(x))[:8] for x in records.values()))
+    if isinstance(vocabulary := run.info.get("vocabulary_digest"), str):
+        config["pipeline.DataConfig.vocabulary"] = printable(vocabulary)[:8]
+    if run.settings.get("budget") == "compute":  # steps are then by what each seed's examples cost
+        config.pop("train.TrainConfig.num_steps", None)
+    return config
+
+
+def _differing_fields(runs: Sequence[Run], configs: Mapping[str, Mapping]) -> list[str]:
+    """Those that differ between two runs on one dataset, fraction and model; a field that a config
+    lacks, as one of an older version may, differs from nothing."""
+    pairs = [(run, dataset) for run in runs for dataset in {p.dataset for p in run.predictions}]
+    places = grouped(
+        pairs, lambda pair: (pair[1], pair[0].settings["model"], pair[0].settings["fraction"])
+    )
+    differing = {}
+    for members in places.values():
+        values: dict[str, set[str]] = {}
+        for run, _ in members:
+            for key, value in configs[run.name].items():
+                values.setdefault(key, set()).add(value)
+        differing |= {key: None for key, found in values.items() if len(found) > 1}
+    return list(differing)
 
 
 def _setting_text(name: str, value) -> str:
@@ -216,7 +284,8 @@ def find_reference(results: Sequence[Result], asked: str | None = None) -> str |
     """
     lines = sorted({result.line for result in results})
     if asked is None:
-        return next((line for line in REFERENCES if line in lines), lines[0] if lines else None)
+        firsts = [line for name in REFERENCES for line in lines if line.split(", ")[0] == name]
+        return next(iter([*firsts, *lines]), None)
     if asked not in lines:
         raise InputError(
             f"--reference is {asked!r}; expected one of {', '.join(map(repr, lines)) or 'none'}"

@@ -37,8 +37,11 @@ def make_rows(seed: int, accuracy: float, *, test: int = 60, with_rationales: bo
     return rows
 
 
-def make_run(path: Path, rows=None, *, steps=(50, 100), state="finished", experiment=None, **info):
-    """Writes a run; `experiment` is experiment.json, or None for a run started by hand."""
+def make_run(
+    path: Path, rows=None, *, steps=(50, 100), state="finished", experiment=None, config=(), **info
+):
+    """Writes a run; `experiment` is experiment.json, or None for a run started by hand; `config`
+    has further bindings by name."""
     path.mkdir(parents=True)
     rows = make_rows(0, 0.5) if rows is None else rows
     info = {"state": state, "seed": 0, "rationale_weight": 1.0, "num_params": 263168} | info
@@ -50,6 +53,7 @@ def make_run(path: Path, rows=None, *, steps=(50, 100), state="finished", experi
         f"train.TrainConfig.num_steps = {steps[-1] if steps else 100}\n"
         "pipeline.DataConfig.records = \\\n    ('runs/records.jsonl',)\n"
         "pipeline.DataConfig.label_source = 'gold'\n"
+        + "".join(f"{name} = {value!r}\n" for name, value in dict(config).items())
     )
     if experiment is not None:
         (path / "experiment.json").write_text(json.dumps(experiment))

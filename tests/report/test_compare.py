@@ -7,6 +7,7 @@ import pytest
 from made_runs import changed, make_rows, make_run, make_sweep
 from scipy import stats
 
+from dslt.config import MAY_CHANGE, Configs
 from dslt.errors import InputError
 from dslt.report import compare
 from dslt.report.compare import PairedTest
@@ -98,6 +99,98 @@ def test_a_run_by_hand_is_on_the_line_of_a_sweeps_runs_of_its_method(tmp_path):
     assert group.line == "step-by-step" and len(group.results) == 2
 
 
+RATE, WEIGHT = "optimizer.OptimizerConfig.learning_rate", "train.TrainConfig.consistency_weight"
+
+
+def run_by_hand(tmp_path, name, config=(), rows=None, **info):
+    return read_run(make_run(tmp_path / name, rows, config=config, **info), name)
+
+
+def lines_of(runs):
+    return list(compare.line_names(runs).values())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_runs_of_different_configs_are_no_seeds_of_one_method(tmp_path, seed):
+    fresh = {RATE: 0.0015, "train.TrainConfig.init_from": "", "train.TrainConfig.seed": 0}
+    warm = {RATE: 0.1, "train.TrainConfig.init_from": "base", "train.TrainConfig.seed": seed}
+    runs = [run_by_hand(tmp_path, "a", fresh), run_by_hand(tmp_path, "b", warm, seed=seed)]
+    results, left_out = compare.results_of(runs)
+    assert left_out == {}
+    groups = compare.groups_of(results, None)
+    assert [(g.line, len(g.results)) for g in groups] == [
+        ("step-by-step, learning_rate 0.0015", 1),
+        ("step-by-step, learning_rate 0.1, init_from base", 1),
+    ]
+
+
+def test_the_weight_of_the_consistency_term_tells_lines_apart(tmp_path):
+    runs = [run_by_hand(tmp_path, f"{weight}", {WEIGHT: weight}) for weight in (0.1, 0.5)]
+    title = "step-by-step, consistency term"
+    assert lines_of(runs) == [f"{title}, consistency_weight {weight}" for weight in (0.1, 0.5)]
+
+
+def test_what_a_run_may_be_resumed_with_makes_no_line():
+    """But how its answers are chosen does; nor do seeds, paths, and what has a place of its own."""
+    answers = {
+        "answers", "labels", "max_label_length", "strategy", "temperature", "top_k", "top_p",
+        "num_beams", "length_penalty", "early_stopping",
+    }  # fmt: skip
+    also = {
+        "train": {"seed", "rationale_weight"},
+        "data": {"records", "augmentation", "train_fraction", "label_source"},
+    }
+    for stage in dataclasses.fields(Configs)[:-1]:
+        names = {field.name for field in dataclasses.fields(stage.type)}
+        prefix = f"{stage.type.__module__.rpartition('.')[2]}.{stage.type.__name__}."
+        without_line = {name for name in names if (prefix + name).startswith(compare.NO_LINE)}
+        may_change = MAY_CHANGE.get(stage.name, ())
+        expected = {*(names if may_change == "*" else may_change)} | also.get(stage.name, set())
+        assert without_line == expected - answers
+
+
+def test_records_and_vocabularies_are_told_apart_by_their_digests(tmp_path):
+    def run(name, records, vocabulary, seed, path):
+        config = {"pipeline.DataConfig.records": (path,), "pipeline.DataConfig.vocabulary": path}
+        info = {"records": {path: records * 64}, "vocabulary_digest": vocabulary * 64}
+        return run_by_hand(tmp_path, name, config, seed=seed, **info)
+
+    same = [run("a", "a", "c", 0, "here"), run("b", "a", "c", 1, "there")]
+    assert lines_of(same) == ["step-by-step"] * 2
+    others = [*same, run("c", "b", "c", 2, "here"), run("d", "a", "d", 3, "here")]
+    assert lines_of(others) == [
+        *["step-by-step, vocabulary cccccccc, records aaaaaaaa"] * 2,
+        "step-by-step, vocabulary cccccccc, records bbbbbbbb",
+        "step-by-step, vocabulary dddddddd, records aaaaaaaa",
+    ]
+
+
+def test_what_differs_from_place_to_place_alone_makes_no_line(tmp_path):
+    """Another dataset or model has settings of its own, and an older version fewer fields; a budget
+    of compute has the steps that each seed's examples cost."""
+    sums = changed(make_rows(0, 0.5), dataset="sums")
+    runs = [
+        run_by_hand(tmp_path, "facts", {RATE: 0.1}),
+        run_by_hand(tmp_path, "older", seed=1),
+        run_by_hand(tmp_path, "sums", {RATE: 0.2}, sums),
+        run_by_hand(tmp_path, "large", {RATE: 0.3}, num_params=9_000_000),
+    ]
+    assert lines_of(runs) == ["step-by-step"] * 4
+    both = run_by_hand(tmp_path, "both", {RATE: 0.2}, [*make_rows(0, 0.5), *sums])
+    assert lines_of([*runs, both])[-1] == "step-by-step, learning_rate 0.2"
+    steps = [
+        read_run(
+            make_run(
+                tmp_path / f"{seed}", steps=(number,),
+                experiment={"method": "distillation", "seed": seed, "budget": "compute"},
+            ),
+            f"{seed}",
+        )
+        for seed, number in enumerate((50, 51))
+    ]  # fmt: skip
+    assert lines_of(steps) == ["distillation"] * 2
+
+
 def test_what_is_not_compared_is_named(tmp_path):
     runs = [
         run_with(tmp_path, "a"),
@@ -174,6 +267,9 @@ def test_holms_correction():
 def test_the_reference_is_fine_tuning_unless_another_is_asked_for(results):
     assert compare.find_reference(results) == "fine-tuning"
     assert compare.find_reference(results, "step-by-step") == "step-by-step"
+    told = [dataclasses.replace(r, line=f"{r.line}, learning_rate 0.1") for r in results]
+    told.append(dataclasses.replace(told[0], line="distillation"))
+    assert compare.find_reference(told) == "fine-tuning, learning_rate 0.1"
     assert compare.find_reference([]) is None
     with pytest.raises(InputError, match="is 'x'; expected one of 'fine-tuning', 'step-by-step'"):
         compare.find_reference(results, "x")
