@@ -32,6 +32,7 @@ from dslt.files import replacing
 
 UNK_ID = 2  # T5's; every trained vocabulary here has it
 NUM_SENTINELS = 100  # T5 appends 100 sentinel ids to a SentencePiece file's pieces
+OWN_SENTINEL = "▁<extra_id_0>"  # in mT5's file they are among the pieces
 
 BYTES_SPEC = "bytes"
 BYTE_OFFSET = 3  # ByT5: pad, EOS and unknown come before the 256 bytes
@@ -70,7 +71,7 @@ class Vocabulary(Protocol):
 
 
 class SentencePieceVocabulary:
-    """T5's own kind: a SentencePiece model file, with sentinel ids behind its pieces."""
+    """T5's own kind: a SentencePiece model file, with sentinel ids behind or among its pieces."""
 
     def __init__(self, path: str | os.PathLike):
         """Reads and checks a model file; raises InputError if it is none or not in T5's layout."""
@@ -86,8 +87,9 @@ class SentencePieceVocabulary:
             ) from None
         _check_special_ids(self.path, self._processor.pad_id(), self._processor.eos_id())
         self.num_pieces = self._processor.GetPieceSize()
-        self.size = self.num_pieces + NUM_SENTINELS
         self.unk_id = self._processor.unk_id()
+        has_own = self._processor.PieceToId(OWN_SENTINEL) != self.unk_id
+        self.size = self.num_pieces + (0 if has_own else NUM_SENTINELS)
         self.digest = hashlib.sha256(self._model).hexdigest()
 
     @property

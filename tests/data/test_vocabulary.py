@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from dslt.data.vocabulary import (
     ByteVocabulary,
@@ -52,6 +53,14 @@ def test_byt5_ids_by_hand():
     assert vocabulary.decode([68, 0, 0xC3 + 3, 0xA9 + 3, 1, 68]) == "Aé"
     assert vocabulary.decode([0xC3 + 3, 68, 383, 2]) == "A"  # half a character says nothing
     assert (vocabulary.size, vocabulary.unk_id) == (384, None)
+
+
+def test_sentinels_that_are_among_the_pieces_are_counted_once(vocabulary, tmp_path):
+    proto = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.model_proto)
+    for number in reversed(range(100)):  # as in mT5's file
+        proto.pieces.add(piece=f"▁<extra_id_{number}>", score=0.0)
+    (tmp_path / "spiece.model").write_bytes(proto.SerializeToString())
+    assert load_vocabulary(tmp_path).size == vocabulary.size
 
 
 def test_trained_pieces_have_t5s_special_ids_and_room_for_the_sentinels(vocabulary):
