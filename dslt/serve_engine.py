@@ -164,7 +164,7 @@ class Engine:
         self.state = "starting"  # then ready; at last stopped or failed
         self._encode, self._decode_text, self._answers_of = encode, decode_text, answers_of
         mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
-        _, self._graphdef, self._params = student.load(path, mesh)
+        self.model_config, self._graphdef, self._params = student.load(path, mesh)
         self._source_lengths = sizes(SHORTEST_SOURCE, format.max_input_length)
         self._label_lengths = sizes(SHORTEST_ANSWER, config.max_label_length)
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()

@@ -19,12 +19,14 @@ def export(args) -> None:
 
     from dslt.checkpoint import hf_t5, student
     from dslt.core import sharding
+    from dslt.data.vocabulary import check_embedded, load_vocabulary
     from dslt.files import write_text
     from dslt.model_card import write_card
     from dslt.workdir import RunDir
 
     path, output = local_student(args.student), Path(args.output_dir)
-    format, vocabulary = student_files(path)
+    format, vocabulary_path = student_files(path)
+    vocabulary = load_vocabulary(vocabulary_path)
     mesh = sharding.make_mesh(sharding.MeshConfig())
     run, step = None, None
     if not student.is_hugging_face(path):
@@ -32,11 +34,12 @@ def export(args) -> None:
         run = RunDir(checkpoints.parent)
         path = checkpoints / str(step)  # the card is of this one, whatever is saved meanwhile
     model_config, _, params = student.load(path, mesh)
+    check_embedded(vocabulary, vocabulary_path, model_config.vocab_size, path)
     hf_t5.save(
         output,
         model_config,
         jax.device_get(params),
-        vocabulary,
+        vocabulary_path,
         max_target_tokens=format.max_target_length,
     )
     format.write(output / "student.json")

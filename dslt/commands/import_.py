@@ -30,7 +30,7 @@ def import_student(args) -> None:
     from dslt.checkpoint import hf_t5, t5x
     from dslt.checkpoint.layout import Layout
     from dslt.checkpoint.manager import CheckpointManager
-    from dslt.data.vocabulary import load_vocabulary
+    from dslt.data.vocabulary import check_embedded, load_vocabulary
     from dslt.workdir import RunDir, StudentFormat
 
     run = RunDir(Path(args.output_dir))
@@ -47,16 +47,12 @@ def import_student(args) -> None:
         model_config, params = t5x.load_params(source)
         format = StudentFormat()
         print(f"{source}: says nothing of its inputs; taking {format}", file=sys.stderr)
-        if vocabulary.size > model_config.vocab_size:
-            raise InputError(
-                f"{args.vocabulary}: has {vocabulary.size} ids, but {source} embeds "
-                f"{model_config.vocab_size}; expected the vocabulary that it was trained with"
-            )
     else:
         source = Path(args.hugging_face)
         model_config, params = hf_t5.load_params(source)
         format, vocabulary_path = student_files(source)
         vocabulary = load_vocabulary(vocabulary_path)
+    check_embedded(vocabulary, args.vocabulary or source, model_config.vocab_size, source)
     with CheckpointManager(run.checkpoints) as manager:
         manager.save_params(0, params, Layout(model_config))
     vocabulary.save(run.vocabulary)

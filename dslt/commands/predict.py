@@ -68,7 +68,7 @@ def predict(args) -> None:
 
     from dslt import evaluate as judge
     from dslt.core.sharding import MeshConfig
-    from dslt.data.vocabulary import encode_with_eos, load_vocabulary
+    from dslt.data.vocabulary import check_embedded, encode_with_eos, load_vocabulary
 
     given = fields_of(args, judge.EvalConfig)
     if "labels" in given:
@@ -92,6 +92,7 @@ def predict(args) -> None:
         named = [(f"input {i}", row["input"]) for i, row in enumerate(rows, start=1)]
         answer_sets = make_answer_sets(named, config, vocabulary)
     decoder = judge.Decoder(path, MeshConfig(), args.rows)
+    check_embedded(vocabulary, vocabulary_path, decoder.config.vocab_size, path)
 
     def encode(prefix: str) -> list:
         encoded = [

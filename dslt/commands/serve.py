@@ -48,7 +48,7 @@ def serve(args) -> None:
             f"{error.name} is not installed; `dslt serve` needs pip install 'dslt[serve]'"
         ) from None
     from dslt.data.target_layout import LABEL
-    from dslt.data.vocabulary import load_vocabulary
+    from dslt.data.vocabulary import check_embedded, load_vocabulary
     from dslt.evaluate import EvalConfig
     from dslt.serve_engine import Engine, ServeConfig
 
@@ -77,6 +77,7 @@ def serve(args) -> None:
     engine = Engine(
         path, format, vocabulary.encode, vocabulary.decode, config, None if is_open else answers_of
     )
+    check_embedded(vocabulary, vocabulary_path, engine.model_config.vocab_size, path)
     if not is_loopback(args.host):
         print(
             f"warning: {args.host} can be reached from other machines: whoever reaches it may ask "

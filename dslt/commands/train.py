@@ -133,7 +133,7 @@ def open_vocabulary(run, configs):
     """The vocabulary of a run, which a new one copies into its directory."""
     from dslt import distributed
     from dslt.data.pipeline import make_vocabulary
-    from dslt.data.vocabulary import load_vocabulary
+    from dslt.data.vocabulary import check_embedded, load_vocabulary
     from dslt.start import find_branch
     from dslt.workdir import RunDir
 
@@ -150,11 +150,9 @@ def open_vocabulary(run, configs):
             other = RunDir(find_branch(Path(configs.train.branch_from))[0].parent)
             data = dataclasses.replace(data, vocabulary=str(other.vocabulary))
         vocabulary = make_vocabulary(data, run.vocabulary)
-    if vocabulary.size > configs.model.vocab_size:
-        raise InputError(
-            f"the vocabulary {configs.data.vocabulary!r} has {vocabulary.size:,} ids, but "
-            f"t5.T5Config.vocab_size is {configs.model.vocab_size:,}; expected at least as many"
-        )
+    check_embedded(
+        vocabulary, configs.data.vocabulary, configs.model.vocab_size, "the config's model"
+    )
     return vocabulary
 
 

@@ -201,6 +201,19 @@ def load_vocabulary(spec: str | os.PathLike) -> Vocabulary:
     )
 
 
+def check_embedded(vocabulary: Vocabulary, name: object, vocab_size: int, model: object) -> None:
+    """Raises InputError, with both names, where a model embeds fewer ids than the vocabulary has.
+
+    More it may embed: T5's 32,100 ids have a table of 32,128 rows.
+    """
+    if vocabulary.size > vocab_size:
+        raise InputError(
+            f"the vocabulary {str(name)!r} has {vocabulary.size:,} ids, but {model} embeds "
+            f"{vocab_size:,}; expected at least as many. Give the vocabulary that the model "
+            "was trained with; of a new model, t5.T5Config.vocab_size"
+        )
+
+
 def remove_vocabulary(directory: str | os.PathLike) -> None:
     """Deletes what `load_vocabulary` would read in a directory, and nothing else there."""
     for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE, TOKENIZER_CONFIG_FILE):
