@@ -57,8 +57,8 @@ class TrainConfig:
       consistency_weight: experimental, of a term that draws an example's label and its rationale
         together (core/consistency.py); 0 is the paper's objective.
       consistency_temperature: of that term.
-      init_from: a run's directory, one of its checkpoints, or a Hugging Face directory; empty
-        starts from scratch.
+      init_from: a run's directory, one of its checkpoints, or a Hugging Face directory, of the same
+        vocabulary; empty starts from scratch.
       branch_from: a run's directory or one of its checkpoints, whose whole state (parameters,
         optimizer, step) this run goes on from, with its own config; the other run stays as it is.
       save_every_steps: between checkpoints; the last step is always saved.

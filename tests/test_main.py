@@ -372,6 +372,23 @@ def test_import_and_init_from_start_where_the_export_ended(run, records, tmp_pat
     assert losses[0] == losses[1] == losses[2]
 
 
+def test_parameters_of_another_vocabulary_are_no_start(run, records, tmp_path, capsys):
+    bytes_ = "pipeline.DataConfig.vocabulary = 'bytes'"
+    newest = run.path / "checkpoints" / "6"
+    for source in (run.path, newest):
+        start = f"train.TrainConfig.init_from = {str(source)!r}"
+        assert main(train_args(records, tmp_path / "run", start, bytes_)) == 2
+        found = capsys.readouterr().err
+        assert f"expected pipeline.DataConfig.vocabulary = {str(run.vocabulary)!r}" in found
+    alone = tmp_path / "alone" / "checkpoints"
+    shutil.copytree(newest, alone / "6")
+    start = f"train.TrainConfig.init_from = {str(alone.parent)!r}"
+    steps = "train.TrainConfig.num_steps = 1"
+    vocabulary = f"pipeline.DataConfig.vocabulary = {str(run.vocabulary)!r}"
+    assert main(train_args(records, tmp_path / "run", start, steps, vocabulary)) == 0
+    assert f"warning: whether {alone.parent} is of the vocabulary" in capsys.readouterr().out
+
+
 def test_fine_tuning_builds_no_rationales_and_distillation_learns_the_teachers_labels(
     records, tmp_path, capsys
 ):

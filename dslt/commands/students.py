@@ -10,23 +10,52 @@ from dslt.errors import InputError
 
 def student_files(path) -> tuple:
     """How to speak to the student in `path`, and where its vocabulary lies."""
-    from dslt.checkpoint.student import is_checkpoint, is_hugging_face
     from dslt.workdir import RunDir, StudentFormat
 
     if not path.is_dir():
         raise InputError(
             f"{path}: is no directory; expected a run's, a checkpoint's or a Hugging Face model's"
         )
-    if is_hugging_face(path):
-        root, vocabulary = path, path
-    else:
-        root = path.absolute().parent.parent if is_checkpoint(path.absolute()) else path
-        vocabulary = RunDir(root).vocabulary
+    root, vocabulary = find_root(path)
     if RunDir(root).student.exists():
         return StudentFormat.read(RunDir(root).student), vocabulary
     format = StudentFormat()
     print(f"{root}: has no student.json; taking {format}", file=sys.stderr)
     return format, vocabulary
+
+
+def find_root(path) -> tuple:
+    """The directory that student.json is in, and the vocabulary's, for the student in `path`."""
+    from dslt.checkpoint.student import is_checkpoint, is_hugging_face
+    from dslt.workdir import RunDir
+
+    if is_hugging_face(path):
+        return path, path
+    root = path.absolute().parent.parent if is_checkpoint(path.absolute()) else path
+    return root, RunDir(root).vocabulary
+
+
+def check_start(path, vocabulary, name: str) -> None:
+    """Raises InputError where the parameters in `path` are of another vocabulary than this one.
+
+    Where no vocabulary lies beside them, a line says that it cannot be known.
+    """
+    from dslt.data.vocabulary import has_same_pieces, load_vocabulary
+
+    if not path.is_dir():
+        return  # who reads the parameters says so
+    beside = find_root(path)[1]
+    try:
+        expected = load_vocabulary(beside)
+    except InputError as error:
+        print(f"warning: whether {path} is of the vocabulary {name!r} is not known: {error}")
+        return
+    if not has_same_pieces(vocabulary, expected):
+        raise InputError(
+            f"the vocabulary is {name!r}, but the parameters in {path} are of another, whose ids "
+            f"mean other pieces; expected pipeline.DataConfig.vocabulary = {str(beside)!r}, or "
+            "another train.TrainConfig.init_from"
+        )
 
 
 def answer_reader(config, target_layout: str, max_target_length: int) -> tuple:

@@ -9,6 +9,7 @@ from dslt import mirror
 from dslt.commands.arguments import add_command, add_gin_flag
 from dslt.commands.processes import add_process_flags, start_processes
 from dslt.commands.remote import local_run
+from dslt.commands.students import check_start
 from dslt.errors import InputError
 from dslt.files import write_text
 from dslt.signals import INTERRUPTED
@@ -150,6 +151,8 @@ def open_vocabulary(run, configs):
             other = RunDir(find_branch(Path(configs.train.branch_from))[0].parent)
             data = dataclasses.replace(data, vocabulary=str(other.vocabulary))
         vocabulary = make_vocabulary(data, run.vocabulary)
+        if configs.train.init_from:
+            check_start(Path(configs.train.init_from), vocabulary, configs.data.vocabulary)
     check_embedded(
         vocabulary, configs.data.vocabulary, configs.model.vocab_size, "the config's model"
     )

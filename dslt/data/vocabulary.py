@@ -214,6 +214,23 @@ def check_embedded(vocabulary: Vocabulary, name: object, vocab_size: int, model:
         )
 
 
+def has_same_pieces(first: Vocabulary, second: Vocabulary) -> bool:
+    """Whether the ids that both have mean the same, in whatever files they lie; one may have more.
+
+    A SentencePiece file and a tokenizer.json show a few of the same pieces differently, so nine of
+    ten must agree; an id that says nothing in either, such as a sentinel, is not counted.
+    """
+    if first.digest == second.digest:
+        return True
+    num_ids = min(first.size, second.size)
+    pieces = [
+        tuple(one.decode([token]).replace(WORD_START, " ").strip() for one in (first, second))
+        for token in range(UNK_ID + 1, num_ids, 1 + num_ids // 4096)
+    ]
+    pieces = [pair for pair in pieces if any(pair)]
+    return sum(one == other for one, other in pieces) >= 0.9 * len(pieces)
+
+
 def remove_vocabulary(directory: str | os.PathLike) -> None:
     """Deletes what `load_vocabulary` would read in a directory, and nothing else there."""
     for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE, TOKENIZER_CONFIG_FILE):

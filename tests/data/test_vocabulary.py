@@ -7,11 +7,13 @@ import pytest
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
+from dslt.checkpoint.hf_tokenizer import write_tokenizer_json
 from dslt.data.vocabulary import (
     ByteVocabulary,
     SentencePieceVocabulary,
     TokenizerVocabulary,
     encode_with_eos,
+    has_same_pieces,
     load_vocabulary,
     train_sentencepiece,
 )
@@ -53,6 +55,17 @@ def test_byt5_ids_by_hand():
     assert vocabulary.decode([68, 0, 0xC3 + 3, 0xA9 + 3, 1, 68]) == "Aé"
     assert vocabulary.decode([0xC3 + 3, 68, 383, 2]) == "A"  # half a character says nothing
     assert (vocabulary.size, vocabulary.unk_id) == (384, None)
+
+
+def test_the_same_pieces_in_two_kinds_of_file_are_told_from_other_pieces(vocabulary, tmp_path):
+    vocabulary.save(tmp_path)
+    write_tokenizer_json(tmp_path / "spiece.model", tmp_path / "tokenizer.json")
+    in_json = load_vocabulary(tmp_path)
+    assert in_json.digest != vocabulary.digest and has_same_pieces(in_json, vocabulary)
+    texts = [text.translate(str.maketrans("abdehn", "hndaeb")) for text in TEXTS]
+    other = train_sentencepiece(texts, vocabulary.num_pieces, tmp_path / "other.model")
+    assert not has_same_pieces(vocabulary, other)
+    assert not has_same_pieces(in_json, ByteVocabulary())
 
 
 def test_sentinels_that_are_among_the_pieces_are_counted_once(vocabulary, tmp_path):
