@@ -476,6 +476,8 @@ def test_labels_that_are_the_same_tokens_are_no_set_to_judge_by(run, capsys):
         (["--num_beams", "3"], "--num_beams given, but the strategy is 'greedy'; expected --str"),
         (["--strategy", "beam", "--top_k", "3", "--seed", "1"], "--top_k, --seed given, but"),
         (["--strategy", "sample", "--early_stopping"], "expected --strategy beam with it"),
+        (["--max_rationale_length", "3"], "--max_rationale_length given, but answers is 'open'"),
+        (["--label", "a", "--strategy", "beam", "--num_beams", "3"], "expected --rationales with"),
         (["--strategy", "sample", "--top_p", "2"], "top_p is 2.0; expected 0 < top_p <= 1"),
         (["--answers", "trie", "--strategy", "beam"], "expected strategy 'greedy', or answers"),
         (["--answers", "open", "--label", "a"], "expected 'trie' or 'likelihood' to answer with"),

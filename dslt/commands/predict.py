@@ -1,6 +1,7 @@
 """`dslt predict`: answers to new inputs."""
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -32,9 +33,8 @@ def add(commands) -> None:
     command.add_argument("--format", default="jsonl", choices=("jsonl", "text"))
     command.add_argument("--rows", type=positive, default=64, help="decoded at a time")
     command.add_argument("--max_label_length", type=positive, default=64, metavar="TOKENS")
-    command.add_argument("--max_rationale_length", type=positive, default=256, metavar="TOKENS")
-
     given = {"default": argparse.SUPPRESS}  # the defaults are EvalConfig's
+    command.add_argument("--max_rationale_length", type=positive, metavar="TOKENS", **given)
     choice = command.add_argument_group("answers of a set")
     choice.add_argument(
         "--answers",
@@ -74,13 +74,7 @@ def predict(args) -> None:
     if "labels" in given:
         given |= {"labels": tuple(args.labels), "answers": given.get("answers", "likelihood")}
     config = judge.EvalConfig(**given)
-    for strategy, flags in STRATEGY_FLAGS.items():
-        idle = [f"--{flag}" for flag in flags if flag in given and strategy != config.strategy]
-        if idle:
-            raise InputError(
-                f"{', '.join(idle)} given, but the strategy is {config.strategy!r}; expected "
-                f"--strategy {strategy} with it"
-            )
+    refuse_idle(given, config, args.rationales)
     path = local_student(args.student)
     format, vocabulary_path = student_files(path)
     config = dataclasses.replace(config, with_rationales=args.rationales)
@@ -126,6 +120,27 @@ def predict(args) -> None:
         else:
             lines = (f"{name:<17} {printable(str(text), keep='')}" for name, text in row.items())
             print("\n".join(lines), end="\n\n")
+
+
+def refuse_idle(given: dict, config, with_rationales: bool) -> None:
+    """Raises InputError where one of the given flags says nothing to what is asked for."""
+    for strategy, flags in STRATEGY_FLAGS.items():
+        idle = [f"--{flag}" for flag in flags if flag in given and strategy != config.strategy]
+        if idle:
+            raise InputError(
+                f"{', '.join(idle)} given, but the strategy is {config.strategy!r}; expected "
+                f"--strategy {strategy} with it"
+            )
+    if with_rationales:
+        return
+    of_tokens = ("strategy", *itertools.chain(*STRATEGY_FLAGS.values()))
+    of_rationales = ("max_rationale_length", *(of_tokens if config.answers == "likelihood" else ()))
+    idle = [f"--{flag}" for flag in of_rationales if flag in given]
+    if idle:
+        raise InputError(
+            f"{', '.join(idle)} given, but answers is {config.answers!r} and no rationale is asked "
+            "for; expected --rationales with it"
+        )
 
 
 def read_inputs(path: str, split: str | None) -> list[dict[str, str]]:
