@@ -138,6 +138,7 @@ def test_what_a_compiler_wanted_is_read(message, gib):
 
 
 FACTS = ["plan", "runs/step_by_step.gin", "settings/facts.gin"]
+AT_HAND = f"pipeline.DataConfig.records = ({__file__!r},)"
 
 
 def test_the_command_on_host_devices(capsys):
@@ -186,11 +187,19 @@ def test_decoding_is_planned_on_one_hosts_chips():
         ),
         (["--topology", "cpu:8", "--gin", "sharding.MeshConfig.fsdp = 3"], "MeshConfig"),
         (["--topology", "cpu:99"], "host devices"),
+        (["--topology", "cpu:1", "--fill", "0.5", "--gin", AT_HAND], "the records are at hand"),
     ],
 )
 def test_bad_input_is_no_traceback(args, says, capsys):
     assert main([*FACTS, *args]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fill", ["-3", "0", "nan", "7"])
+def test_a_fill_is_a_share(fill, capsys):
+    with pytest.raises(SystemExit):
+        main([*FACTS, "--topology", "cpu:1", "--fill", fill])
+    assert f"argument --fill: invalid share value: '{fill}'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """An argparse type: more than 0, and at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError(text)
+    return value
+
+
 def fields_of(args, config_class: type) -> dict:
     """The arguments that are named as fields of a dataclass."""
     names = {field.name for field in dataclasses.fields(config_class)}

@@ -5,7 +5,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from dslt.commands.arguments import add_command, add_gin_flag, positive, positive_float
+from dslt.commands.arguments import add_command, add_gin_flag, positive, positive_float, share
+from dslt.errors import InputError
 
 
 def add(commands) -> None:
@@ -35,7 +36,7 @@ def add(commands) -> None:
     shape.add_argument("--source_length", type=positive, help="tokens of a row's sources")
     shape.add_argument("--target_length", type=positive, help="tokens of a row's targets")
     shape.add_argument(
-        "--fill", type=float, default=1.0, help="share of the cells that hold tokens"
+        "--fill", type=share, help="share of the cells that hold tokens, in (0, 1]; 1 if not given"
     )
 
 
@@ -98,8 +99,14 @@ def batch_shape(args, configs):
             source_length=args.source_length or data.source_length or data.max_input_length,
             target_length=args.target_length or data.target_length or data.max_target_length,
             examples=examples,
-            fill=args.fill,
+            fill=args.fill or 1.0,
             origin=origin,
+        )
+
+    if args.fill:
+        raise InputError(
+            "--fill given, but the records are at hand, which say how full the rows are; expected "
+            "--rows, --source_length or --target_length with it"
         )
 
     from dslt.data.pipeline import TrainStream, make_vocabulary
