@@ -1,5 +1,6 @@
 """A plan says what the compiled program needs; what cannot fit is said not to."""
 
+import argparse
 import dataclasses
 import re
 
@@ -7,6 +8,7 @@ import jax
 import pytest
 
 from dslt import config, plan, plan_report, plan_search
+from dslt.commands.plan import batch_shape
 from dslt.core import t5
 from dslt.core.optimizer import OptimizerConfig
 from dslt.core.sharding import MeshConfig
@@ -150,6 +152,24 @@ def test_the_command_on_host_devices(capsys):
     assert "32 examples in 8 rows of 32 and 16 tokens, fill 1.00 (as given)" in text
     assert re.search(r"all-reduce +data ", text)
     assert text.count(": fits") == 2  # the step and the decode loop
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "target_length"),
+    [("fine_tuning", 4, 20), ("step_by_step", 8, 20), ("step_by_step_shared", 4, 40)],
+)
+def test_rows_that_are_assumed_hold_what_a_method_encodes(method, rows, target_length):
+    lengths = [
+        "source_length = 30",
+        "max_input_length = 30",
+        "max_target_length = 20",
+        "batch_examples = 4",
+    ]
+    data = [f"pipeline.DataConfig.{binding}" for binding in lengths]
+    configs = config.parse([f"runs/{method}.gin", "settings/facts.gin"], data)
+    given = argparse.Namespace(rows=None, source_length=None, target_length=None, fill=None)
+    shape = batch_shape(given, configs)
+    assert (shape.rows, shape.source_length, shape.target_length) == (rows, 30, target_length)
 
 
 def test_one_gpu_sends_nothing_and_has_roofs(capsys):

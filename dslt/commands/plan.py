@@ -87,6 +87,7 @@ def batch_shape(args, configs):
 
     data = configs.data
     roles = 2 if configs.train.rationale_weight > 0 else 1
+    sources = 1 if data.shared_encoder else roles
     examples = data.batch_examples
     given = [args.rows, args.source_length, args.target_length]
     has_records = bool(data.records) and all(map(os.path.isfile, data.train_files))
@@ -95,9 +96,11 @@ def batch_shape(args, configs):
         if any(given) and not all(given):
             origin = "partly given, else " + origin
         return BatchShape(
-            rows=args.rows or examples * roles,
+            rows=args.rows or examples * sources,
             source_length=args.source_length or data.source_length or data.max_input_length,
-            target_length=args.target_length or data.target_length or data.max_target_length,
+            target_length=args.target_length
+            or data.target_length
+            or data.max_target_length * roles // sources,
             examples=examples,
             fill=args.fill or 1.0,
             origin=origin,
