@@ -41,6 +41,7 @@ COMMANDS = (
     *(extract, train, evaluate, predict, serve, export, import_),
     *(sweep, report, bench, plan, replay),
 )
+RESUMABLE = ("extract", "train", "evaluate", "sweep")  # what is finished is not done again
 COMPUTING = ("train", "evaluate", "predict", "serve", "bench", "sweep", "replay")
 
 
@@ -59,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and args.command in COMPUTING:
         ask_for_huge_pages()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow looks for GPUs, and says so
+    outlook = signals.GOES_ON if args.command in RESUMABLE else ""
     try:
-        with signals.handled():
+        with signals.handled(outlook):
             return args.run(args) or 0
     except BrokenPipeError:  # `dslt predict … | head`
         sys.stderr.close()
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = full_disk_error(error.filename or where, error) or error
         return fail(args, f"dslt {args.command}: {message}", 2)
     except KeyboardInterrupt as signal:
-        message = f"dslt {args.command}: stopped on {signal or 'SIGINT'}; {signals.GOES_ON}"
+        message = f"dslt {args.command}: stopped on {signal or 'SIGINT'}{outlook}"
         status = fail(args, message, INTERRUPTED)
         if argv is None:
             signals.leave(status)

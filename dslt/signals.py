@@ -24,7 +24,7 @@ INTERRUPTED = 130  # the exit status after either signal, as a shell has it for 
 LEAVE_SECS = 5.0  # for the main thread to leave in order
 SAME_SECS = 0.3  # closer ones are one signal that came twice: to a group, and handed on by a script
 
-GOES_ON = "what was finished is saved, and the same command goes on from there"
+GOES_ON = "; what was finished is saved, and the same command goes on from there"
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
@@ -39,6 +39,7 @@ class _Request:
     def __init__(self):
         self.name = ""
         self.is_deferred = False
+        self.outlook = ""
 
 
 class StopRequest:
@@ -60,12 +61,15 @@ _request = _Request()
 
 
 @contextlib.contextmanager
-def handled() -> Iterator[None]:
-    """Handles both signals inside. In another thread than the main one it does nothing."""
+def handled(outlook: str = GOES_ON) -> Iterator[None]:
+    """Handles both signals inside. In another thread than the main one it does nothing.
+
+    `outlook` ends the line of a process that is ended: GOES_ON, or nothing where nothing is saved.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _request.name, _request.is_deferred = "", False
+    _request.name, _request.is_deferred, _request.outlook = "", False, outlook
     heard, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     watcher = threading.Thread(target=_watch, args=(heard,), daemon=True)
@@ -138,5 +142,5 @@ def _leave_in_the_end(name: str) -> None:
 
 
 def _leave(why: str) -> None:
-    print(f"\ndslt: {why}; {GOES_ON}", file=sys.stderr, flush=True)
+    print(f"\ndslt: {why}{_request.outlook}", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)

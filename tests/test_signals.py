@@ -64,12 +64,14 @@ SAVE_FOR_EVER = """
 """
 
 
-def run_program(text: str, *pauses: float, number=signal.SIGTERM) -> tuple[int, str, str, float]:
+def run_program(
+    text: str, *pauses: float, number=signal.SIGTERM, program=PROGRAM
+) -> tuple[int, str, str, float]:
     """Sends a signal when the program is ready, and one more after each pause. Returns its status,
     what it wrote, and the seconds from the first signal to its end.
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM + text],
+        [sys.executable, "-c", program + text],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -98,6 +100,11 @@ def test_a_program_that_computes_ends_too():
     status, _, err, secs = run_program(COMPUTE)
     assert status == INTERRUPTED and 0.9 < secs < 10
     assert "stopped on SIGTERM" in err and "the same command goes on" in err
+
+
+def test_a_program_that_saves_nothing_does_not_say_so():
+    _, _, err, _ = run_program(COMPUTE, program=PROGRAM.replace("handled()", "handled('')"))
+    assert err == "\ndslt: stopped on SIGTERM\n"
 
 
 @pytest.mark.parametrize("pauses", [(), (0.01,)])

@@ -136,7 +136,7 @@ def test_a_signal_before_the_first_step_ends_the_start(
     with monkeypatch.context() as patch:
         interrupt_at(patch, where, name, number=number)
         assert main(train_args(records, tmp_path / "run", cache)) == INTERRUPTED
-    assert f"stopped on {number.name}" in capsys.readouterr().err
+    assert f"stopped on {number.name}; what was finished is saved" in capsys.readouterr().err
     run = RunDir(tmp_path / "run")
     assert not run.has_checkpoints() and run.state() in (None, "stopped")
     left = list((tmp_path / "cache").iterdir())
@@ -230,7 +230,7 @@ def test_a_signal_ends_predictions(undisturbed, tmp_path, monkeypatch, capsys):
     args = ["--student", str(undisturbed.path), str(tmp_path / "inputs.txt")]
     assert main(["predict", *args]) == INTERRUPTED
     captured = capsys.readouterr()
-    assert "stopped on SIGTERM" in captured.err and not captured.out
+    assert "stopped on SIGTERM\n" in captured.err and not captured.out
 
 
 # ----------------------------------------------------------------------------- other devices
