@@ -1,6 +1,6 @@
 """A run in a bucket: worked on in a directory of this machine, its mirror, and written back.
 
-May import bucket and signals. Every command works on plain paths; a URL becomes one here:
+May import bucket, signals and workdir. Every command works on plain paths; a URL becomes one here:
 
     with mirror.training("gs://bucket/run") as path:      # filled from the bucket, sent to it
     with mirror.evaluating("gs://bucket/run", follow=True) as path:
@@ -35,6 +35,7 @@ from dslt import signals
 from dslt.bucket import Bucket, hidden
 from dslt.errors import InputError
 from dslt.files import lock_file, write_text
+from dslt.workdir import parse_json_rows, read_json_rows, write_json_rows
 
 SYNC_SECS = 10.0  # between looks at what is new, here and in the bucket
 
@@ -98,7 +99,8 @@ def training(url: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def evaluating(url: str, follow: bool = False) -> Iterator[Path]:
     """A directory with the run's checkpoints, which are pulled as they come; without optimizer
-    state. Evaluations and the best checkpoint are sent to the bucket.
+    state. Evaluations, those that could not be sent before too, and the best checkpoint are sent
+    to the bucket.
 
     Args:
       follow: wait for a run that has not begun.
@@ -118,9 +120,7 @@ def evaluating(url: str, follow: bool = False) -> Iterator[Path]:
             identity = bucket.identity()
         path = bucket.mirror(f"{EVALUATE}-{identity['run']}")
         path.mkdir(parents=True, exist_ok=True)
-        rows = bucket.read("evaluations.jsonl")
-        if rows is not None:
-            write_text(path / "evaluations.jsonl", rows.decode())
+        pull_evaluations(bucket, path)
         mirror = Mirror(bucket, path, EVALUATE, identity)
         mirror.pull()
         print(f"mirror      {bucket.url} in {path}", flush=True)
@@ -184,6 +184,11 @@ class RunBucket(Bucket):
         if found and not all(re.fullmatch("[0-9a-f]{32}", str(name)) for name in named):
             raise InputError(f"{self.url}/{IDENTITY}: is not what `dslt train` writes; restore it")
         return found
+
+    def evaluations(self) -> list[dict]:
+        """The rows of evaluations.jsonl."""
+        name = "evaluations.jsonl"
+        return parse_json_rows(self.read(name) or b"", f"{self.url}/{name}")
 
     def checkpoints(self, directory: str, listing: dict[str, dict]) -> dict[int, dict[str, int]]:
         """The whole checkpoints in a directory of a listing: step → sizes of its files."""
@@ -417,6 +422,17 @@ def pull_training(bucket: RunBucket, identity: dict, path: Path) -> None:
         for step, sizes in found.items():
             pull_checkpoint(bucket, scratch, "checkpoints", step, sizes)
     scratch.rename(path)
+
+
+def pull_evaluations(bucket: RunBucket, path: Path) -> None:
+    """Adds the bucket's rows to those of steps that were judged here and not sent."""
+    there = bucket.evaluations()
+    steps = {row["step"] for row in there}
+    own = read_json_rows(path / "evaluations.jsonl")
+    unsent = [row for row in own if row["step"] not in steps]
+    rows = sorted([*there, *unsent], key=lambda row: row["step"])
+    if rows != own:
+        write_json_rows(path / "evaluations.jsonl", rows)
 
 
 def pull_checkpoint(

@@ -339,9 +339,12 @@ def read_json_rows(path: Path) -> list[dict]:
     A last line without its newline was cut off by a kill and is left out. Raises InputError where
     another line is no object with a `step`.
     """
-    if not path.exists():
-        return []
-    *lines, _ = path.read_bytes().split(b"\n")
+    return parse_json_rows(path.read_bytes(), path) if path.exists() else []
+
+
+def parse_json_rows(content: bytes, path: Path | str) -> list[dict]:
+    """As `read_json_rows`, of a file's content; `path` is what an error calls it."""
+    *lines, _ = content.split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "workdir": ("records", "metrics"),
     "signals": (),
     "bucket": (),
-    "mirror": ("signals", "bucket"),
+    "mirror": ("signals", "bucket", "workdir"),
     "model_card": ("workdir", "records", "metrics"),
     "distributed": ("signals",),
     "report": ("report", "workdir", "records", "metrics", "teacher.parse"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -347,6 +348,46 @@ def test_an_evaluator_gets_parameters_and_writes_its_own_files_alone(url, machin
         name.removeprefix("checkpoints/3/"): data
         for name, data in content(path, "checkpoints/3/params").items()
     }
+
+
+def judge(path, step: int, accuracy: float, is_best: bool = False) -> None:
+    """What `dslt evaluate` leaves of a step, its row last."""
+    if is_best:
+        old = list((path / "best").glob("*"))
+        save(path, step, "best")
+        for directory in old:
+            shutil.rmtree(directory)
+    predictions = path / "evaluations" / str(step) / "predictions.jsonl"
+    predictions.parent.mkdir(parents=True)
+    predictions.write_text(f"{accuracy}\n")
+    with (path / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "validation/accuracy": accuracy}) + "\n")
+
+
+def judged_in(url: str) -> dict[int, float]:
+    return {row["step"]: row["validation/accuracy"] for row in RunBucket(url).evaluations()}
+
+
+def test_evaluations_that_could_not_be_sent_are_sent_the_next_time(url, machine, monkeypatch):
+    with training(url):
+        pass
+    with evaluating(url) as path:
+        judge(path, 2, 0.2)
+
+    def refuse(verb, name):
+        raise ConnectionError("the network is down")
+
+    with pytest.raises(InputError, match="the same command"), evaluating(url) as path:
+        judge(path, 4, 0.4, is_best=True)
+        fail(monkeypatch, refuse)
+    fail(monkeypatch, lambda verb, name: None)
+    machine("second")
+    with evaluating(url) as path:
+        judge(path, 6, 0.1)
+    machine("first")
+    with evaluating(url):
+        pass
+    assert judged_in(url) == {2: 0.2, 4: 0.4, 6: 0.1} and steps_in(url, "best") == [4]
 
 
 def read(path) -> str:
