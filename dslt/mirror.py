@@ -35,7 +35,13 @@ from dslt import signals
 from dslt.bucket import Bucket, hidden
 from dslt.errors import InputError
 from dslt.files import lock_file, write_text
-from dslt.workdir import parse_json_rows, read_json_rows, write_json_rows
+from dslt.workdir import (
+    best_row,
+    format_json_rows,
+    parse_json_rows,
+    read_json_rows,
+    write_json_rows,
+)
 
 SYNC_SECS = 10.0  # between looks at what is new, here and in the bucket
 
@@ -262,7 +268,9 @@ class Mirror:
                     print(f"\nwarning: {said}; tried again later", file=sys.stderr, flush=True)
 
     def push(self) -> None:
-        """Sends what is new: files, then checkpoints, then the file that speaks of them."""
+        """Sends what is new: files, then checkpoints, then the file that speaks of them; and
+        deletes checkpoints that are gone here.
+        """
         last = self.path / _LAST[self.role]
         content = last.read_bytes() if last.exists() else None  # before a look at the others
         directory = _CHECKPOINTS[self.role]
@@ -275,10 +283,15 @@ class Mirror:
                 self._write(last.name, _json(running | {"state": "running"}))
             else:
                 self._write(last.name, content)
-        if self._sent.get(directory) != steps:
-            self._push_checkpoints(directory, steps)
+        is_new = self._sent.get(directory) != steps
+        are_sent = is_new and self._push_checkpoints(directory, steps)
+        if content is not None and self.role == EVALUATE:  # another machine may judge too
+            rows = merge_rows(self.bucket.evaluations(), parse_json_rows(content, last))
+            content = format_json_rows(rows).encode()
         if content is not None:
             self._write(last.name, content)
+        if are_sent and steps:
+            self._remove_checkpoints(directory, steps)
 
     def _write(self, name: str, content: bytes) -> None:
         if self._sent.get(name) != content:
@@ -315,16 +328,26 @@ class Mirror:
                 if not name.endswith(".partial") and not (base / name).is_symlink():
                     yield (base / name).relative_to(self.path).as_posix()
 
-    def _push_checkpoints(self, directory: str, steps: dict[int, object]) -> None:
-        """Sends checkpoints that are not in the bucket; then deletes there what is gone here."""
+    def _push_checkpoints(self, directory: str, steps: dict[int, object]) -> bool:
+        """Sends checkpoints that are not in the bucket; whether all are there then."""
         self._check_owner()
         there = steps_of(directory, self.bucket.find(directory))
         are_sent = [
             self._push_checkpoint(directory, step, there.get(step, {})) for step in sorted(steps)
         ]
-        if not steps or not all(are_sent):
-            return
-        for step in there.keys() - steps.keys():
+        return all(are_sent)
+
+    def _remove_checkpoints(self, directory: str, steps: dict[int, object]) -> None:
+        """Deletes checkpoints in the bucket that are gone here; where the best by its rows is
+        there, all others, whatever is here.
+        """
+        self._check_owner()
+        there = steps_of(directory, self.bucket.find(directory))
+        kept = set(steps)
+        best = best_row(self.bucket.evaluations()) if self.role == EVALUATE else None
+        if best and MARKER in there.get(best["step"], {}):
+            kept = {best["step"]}
+        for step in there.keys() - kept:
             prefix = f"{directory}/{step}"
             if MARKER in there[step]:  # first: what is left without it counts for nothing
                 self.bucket.remove([f"{prefix}/{MARKER}"])
@@ -425,14 +448,28 @@ def pull_training(bucket: RunBucket, identity: dict, path: Path) -> None:
 
 
 def pull_evaluations(bucket: RunBucket, path: Path) -> None:
-    """Adds the bucket's rows to those of steps that were judged here and not sent."""
-    there = bucket.evaluations()
-    steps = {row["step"] for row in there}
+    """Makes what was judged as it is in the bucket, but for steps judged here and not sent."""
+    listing, there = bucket.find(), bucket.evaluations()
     own = read_json_rows(path / "evaluations.jsonl")
-    unsent = [row for row in own if row["step"] not in steps]
-    rows = sorted([*there, *unsent], key=lambda row: row["step"])
+    rows = merge_rows(own, there)
+    unsent = [row for row in rows if row not in there]
+    names = [name for name in listing if name.startswith("evaluations/")]
+    steps = {str(row["step"]) for row in there}
+    bucket.get_all({name: path / name for name in names if name.split("/")[1] in steps})
+    if best_row(rows) not in unsent:  # else best/ holds it already
+        found = bucket.checkpoints("best", listing)
+        for step, sizes in found.items():
+            with contextlib.suppress(FileNotFoundError):  # a better one has replaced it meanwhile
+                pull_checkpoint(bucket, path, "best", step, sizes)
+        remove_steps(path / "best", keep=found.keys())
     if rows != own:
         write_json_rows(path / "evaluations.jsonl", rows)
+
+
+def merge_rows(rows: list[dict], others: list[dict]) -> list[dict]:
+    """A row each step, ascending; `others` count where both have a step."""
+    by_step = {row["step"]: row for row in [*rows, *others]}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def pull_checkpoint(

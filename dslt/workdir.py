@@ -366,4 +366,9 @@ def best_row(rows: Sequence[dict]) -> dict | None:
 
 def write_json_rows(path: Path, rows: list[dict]) -> None:
     """The file appears whole or not at all."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, format_json_rows(rows))
+
+
+def format_json_rows(rows: list[dict]) -> str:
+    """A row a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -390,6 +390,36 @@ def test_evaluations_that_could_not_be_sent_are_sent_the_next_time(url, machine,
     assert judged_in(url) == {2: 0.2, 4: 0.4, 6: 0.1} and steps_in(url, "best") == [4]
 
 
+def test_a_machine_that_comes_back_takes_the_best_from_the_bucket(url, machine):
+    with training(url):
+        pass
+    with evaluating(url) as path:
+        judge(path, 2, 0.2, is_best=True)
+    machine("second")
+    with evaluating(url) as other:
+        assert content(other, "best") == content(path, "best")
+        judge(other, 4, 0.4, is_best=True)
+        (other / "evaluations/2/predictions.jsonl").write_text("judged again\n")
+    machine("first")
+    with evaluating(url) as again:
+        assert again == path and content(path, "best") == content(other, "best")
+        judge(path, 6, 0.1)
+    assert judged_in(url) == {2: 0.2, 4: 0.4, 6: 0.1} and steps_in(url, "best") == [4]
+    assert RunBucket(url).read("evaluations/2/predictions.jsonl") == b"judged again\n"
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2)])
+def test_a_best_that_another_machine_sends_meanwhile_stays(first, second, url, machine):
+    with training(url):
+        pass
+    with evaluating(url) as path:
+        machine("second")
+        with evaluating(url) as other:
+            judge(other, second, 0.4, is_best=True)
+        judge(path, first, 0.2, is_best=True)
+    assert judged_in(url) == {first: 0.2, second: 0.4} and steps_in(url, "best") == [second]
+
+
 def read(path) -> str:
     return path.read_text() if path.exists() else ""
 
