@@ -136,17 +136,19 @@ class RunDir:
         return read_json(self.info).get("state") if self.info.exists() else None
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside, no other process trains here; of other hosts, where the file system says so.
+    def held(self, command: str) -> Iterator[None]:
+        """Inside, no other process runs the command (`train` or `evaluate`) here; of other hosts,
+        where the file system says so.
 
         Raises:
           InputError: another one does.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".train.lock").open("a") as file:
+        with (self.path / f".{command}.lock").open("a") as file:
             if not lock_file(file):
                 raise InputError(
-                    f"{self.path}: another process trains here; wait for its end, or stop it first"
+                    f"{self.path}: another `dslt {command}` works here; wait for its end, or stop "
+                    "it first"
                 )
             yield
 

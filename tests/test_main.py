@@ -130,6 +130,13 @@ def test_evaluating_again_adds_nothing(run, capsys):
     assert "best on validation" in capsys.readouterr().out
 
 
+def test_two_processes_do_not_evaluate_one_run(run, capsys):
+    with run.held("evaluate"):
+        assert main(["evaluate", "--run_dir", str(run.path), "--follow"]) == 2
+    says = f"{run.path}: another `dslt evaluate` works here"
+    assert says in capsys.readouterr().err
+
+
 def test_predictions_are_scored_again_without_a_model(run, capsys):
     path = run.evaluation(6) / "predictions.jsonl"
     assert main(["evaluate", "--predictions", str(path)]) == 0

@@ -285,9 +285,9 @@ def test_two_processes_do_not_train_in_one_directory(undisturbed, records, tmp_p
     run = RunDir(Path(shutil.copytree(undisturbed.path, tmp_path / "run")))
     before = {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
     more = [*train_args(records, run.path), "--gin", "train.TrainConfig.log_every_steps = 2"]
-    with run.held():
+    with run.held("train"):
         assert main(more) == 2
-        assert f"{run.path}: another process trains here" in capsys.readouterr().err
+        assert f"{run.path}: another `dslt train` works here" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()} == before
     assert main(more) == 0
 

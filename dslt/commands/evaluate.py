@@ -1,5 +1,6 @@
 """`dslt evaluate`: a run's checkpoints, or predictions that are written already."""
 
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -47,17 +48,37 @@ def evaluate_here(args) -> int | None:
     if args.predictions:
         print(score_again(args))
         return None
-    from dslt import config, distributed
+    from dslt import distributed
     from dslt import evaluate as judge
-    from dslt.data.vocabulary import load_vocabulary
     from dslt.workdir import RunDir
 
     run = RunDir(Path(args.run_dir))
-    with distributed.main_first():
-        if args.follow:
-            judge.wait_for_start(run)
-    if not run.config.exists():
-        raise InputError(f"{run.path}: has no config.gin; expected a directory of `dslt train`")
+    with contextlib.ExitStack() as stack:
+        with distributed.main_first():
+            if args.follow:
+                judge.wait_for_start(run)
+            if not run.config.exists():
+                raise InputError(
+                    f"{run.path}: has no config.gin; expected a directory of `dslt train`"
+                )
+            if distributed.is_main():
+                stack.enter_context(run.held("evaluate"))
+        rows = judge_run(run, args)
+    best = judge.best_row(rows)
+    if best is None:
+        print("No validation split: no best checkpoint was chosen.")
+    else:
+        print(f"best on validation: {judge.describe(best)}")
+        print(f"predictions: {run.evaluation(best['step']) / 'predictions.jsonl'}")
+    return 1 if args.follow and distributed.share(run.state() == "running") else 0
+
+
+def judge_run(run, args) -> list[dict]:
+    """Judges the checkpoints of a run; returns the rows of evaluations.jsonl."""
+    from dslt import config, distributed
+    from dslt import evaluate as judge
+    from dslt.data.vocabulary import load_vocabulary
+
     configs = config.parse([str(run.config)], args.gin)
     layout, max_target_length = configs.data.target_layout, configs.data.max_target_length
     eval_config, read_answer = answer_reader(configs.evaluate, layout, max_target_length)
@@ -73,7 +94,7 @@ def evaluate_here(args) -> int | None:
             eval_config,
             vocabulary,
         )
-    rows = judge.evaluate_run(
+    return judge.evaluate_run(
         run,
         eval_config,
         configs.mesh,
@@ -84,13 +105,6 @@ def evaluate_here(args) -> int | None:
         follow=args.follow,
         steps=args.step,
     )
-    best = judge.best_row(rows)
-    if best is None:
-        print("No validation split: no best checkpoint was chosen.")
-    else:
-        print(f"best on validation: {judge.describe(best)}")
-        print(f"predictions: {run.evaluation(best['step']) / 'predictions.jsonl'}")
-    return 1 if args.follow and distributed.share(run.state() == "running") else 0
 
 
 def score_again(args) -> str:

@@ -55,7 +55,7 @@ def train_here(args) -> int:
     with contextlib.ExitStack() as stack:
         with distributed.main_first():
             if distributed.is_main():  # before it writes the config, which the others would find
-                stack.enter_context(run.held())
+                stack.enter_context(run.held("train"))
                 changes = config.check_run(run, configs)
             stream, vocabulary = open_train_stream(run, configs)
             if distributed.is_main():
