@@ -338,7 +338,8 @@ def evaluate_run(
     decoder, skipped = None, []
     is_asked_for = steps is not None
     if steps is None:
-        steps = _unjudged_steps(run, config, follow)
+        splits = {each.example.split for each in examples if each.example.label is not None}
+        steps = _unjudged_steps(run, config, splits, follow)
     for step in _share_steps(steps):
         started_secs = time.perf_counter()
         problem = ""
@@ -393,9 +394,14 @@ def describe(values: dict) -> str:
     return (f"step {values['step']}: " if "step" in values else "") + ", ".join(shown)
 
 
-def _unjudged_steps(run: RunDir, config: EvalConfig, follow: bool) -> Iterator[int]:
-    """Steps of checkpoints without an evaluation, ascending; waits for more if it is to follow."""
-    seen = {row["step"] for row in read_json_rows(run.evaluations)}
+def _unjudged_steps(
+    run: RunDir, config: EvalConfig, splits: set[str], follow: bool
+) -> Iterator[int]:
+    """Steps of checkpoints that were not judged on each of the splits, ascending; waits for more
+    if it is to follow.
+    """
+    names = {f"{split}/accuracy" for split in splits}
+    seen = {row["step"] for row in read_json_rows(run.evaluations) if names <= row.keys()}
     silence = Silence(run)
     while True:
         # asked before the listing, so that no last checkpoint is missed

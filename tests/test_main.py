@@ -155,6 +155,24 @@ def test_one_checkpoint_is_judged_again_with_other_settings(run, capsys):
     assert all(p.rationale is None for p in predictions)
 
 
+def test_a_step_that_was_judged_on_test_alone_is_judged_on_validation_too(run, tmp_path, capsys):
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
+    before = read_json_rows(copy.evaluations)
+    of_test = [
+        {name: x for name, x in row.items() if not name.startswith("validation/")} for row in before
+    ]
+    write_json_rows(copy.evaluations, of_test)
+    shutil.rmtree(copy.best)
+    evaluate = ["evaluate", "--run_dir", str(copy.path)]
+    assert main([*evaluate, "--gin", "evaluate.EvalConfig.splits = ('test',)"]) == 0
+    assert "No checkpoint was judged on validation" in capsys.readouterr().out
+    assert read_json_rows(copy.evaluations) == of_test
+    assert main(evaluate) == 0
+    assert finished_steps(copy.best) == finished_steps(run.best)
+    rows = read_json_rows(copy.evaluations)
+    assert [row | {"secs": 0} for row in rows] == [row | {"secs": 0} for row in before]
+
+
 def test_what_is_known_of_splits_that_are_not_judged_again_stays(run, tmp_path, capsys):
     copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
     [best] = finished_steps(copy.best)

@@ -66,7 +66,7 @@ def evaluate_here(args) -> int | None:
         rows = judge_run(run, args)
     best = judge.best_row(rows)
     if best is None:
-        print("No validation split: no best checkpoint was chosen.")
+        print("No checkpoint was judged on validation: no best one was chosen.")
     else:
         print(f"best on validation: {judge.describe(best)}")
         print(f"predictions: {run.evaluation(best['step']) / 'predictions.jsonl'}")
