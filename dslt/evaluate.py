@@ -33,7 +33,6 @@ from dslt.workdir import RunDir, best_row, read_json_rows, write_json, write_jso
 
 ANSWERS = ("open", "trie", "likelihood")
 GREEDY = DecodeConfig()
-DELETION_SECS = 1.0  # that training may take to delete an old checkpoint
 START_POLL_SECS = 1.0  # between looks for a run that has not begun
 
 
@@ -349,7 +348,7 @@ def evaluate_run(
             else:
                 decoder.load_step(run.checkpoints, step)
         except (OSError, KeyError, ValueError) as error:
-            time.sleep(DELETION_SECS)  # one that training is deleting looks damaged
+            time.sleep(student.DELETION_SECS)  # one that training is deleting looks damaged
             if not is_asked_for and step not in finished_steps(run.checkpoints):
                 problem = "is no longer there, newer checkpoints replaced it"
             elif isinstance(error, DamagedCheckpoint) and not is_asked_for:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,6 +16,8 @@ from dslt.checkpoint.manager import CheckpointManager, finished_steps
 from dslt.core import attention, sharding, t5
 from dslt.core.t5 import T5Config
 from dslt.errors import InputError
+
+DELETION_SECS = 1.0  # that the deletion of an old checkpoint may take
 
 
 def read_params(path: Path, config: T5Config, abstract_params: dict) -> dict:
@@ -29,10 +33,13 @@ def read_params(path: Path, config: T5Config, abstract_params: dict) -> dict:
                 f"{path}: is of another model than the config asks for:\n  " + "\n  ".join(lines)
             )
         return jax.tree.map(_place, params, abstract_params)
-    directory, step = find_checkpoint(path)
-    with CheckpointManager(directory, read_only=True) as manager:
-        manager.check_layout(step, Layout(config))
-        return manager.restore_params(step, abstract_params)
+
+    def read(directory: Path, step: int) -> dict:
+        with CheckpointManager(directory, read_only=True) as manager:
+            manager.check_layout(step, Layout(config))
+            return manager.restore_params(step, abstract_params)
+
+    return read_checkpoint(path, read)
 
 
 def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -55,13 +62,16 @@ def load_to_host(path: Path, mesh: jax.sharding.Mesh) -> tuple:
     if is_hugging_face(path):
         config, params = hf_t5.load_params(path)
     else:
-        directory, step = find_checkpoint(path)
-        with CheckpointManager(directory, read_only=True) as manager:
-            config = manager.layout(step).model
-            params = manager.restore_params(step, host_arrays(config))
+        config, params = read_checkpoint(path, _read_to_host)
     if not attention.runs_on(config.attention, mesh.devices.flat[0].platform):
         config = dataclasses.replace(config, attention="plain")
     return config, t5.abstract_params(config)[0], params
+
+
+def _read_to_host(directory: Path, step: int) -> tuple[T5Config, dict]:
+    with CheckpointManager(directory, read_only=True) as manager:
+        config = manager.layout(step).model
+        return config, manager.restore_params(step, host_arrays(config))
 
 
 def host_arrays(config: T5Config) -> dict:
@@ -79,6 +89,25 @@ def is_checkpoint(path: Path) -> bool:
     """Whether `path` is one step's directory, whole or not."""
     names = ("params", "layout", "_CHECKPOINT_METADATA")
     return path.name.isdigit() and any((path / name).exists() for name in names)
+
+
+def read_checkpoint(path: Path, read: Callable):
+    """`read(directory, step)` of what `find_checkpoint` finds; of what it finds then, where another
+    process replaces the checkpoint meanwhile.
+    """
+    while True:
+        directory, step = find_checkpoint(path)
+        try:
+            return read(directory, step)
+        except (OSError, KeyError, ValueError):
+            if not _is_gone(directory, step):
+                raise
+
+
+def _is_gone(directory: Path, step: int) -> bool:
+    """Whether what could not be read is no longer there: half deleted it looks damaged."""
+    time.sleep(DELETION_SECS)
+    return step not in finished_steps(directory)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, int]:
@@ -101,6 +130,8 @@ def find_checkpoint(path: Path) -> tuple[Path, int]:
             try:
                 check_params(directory, step)
             except DamagedCheckpoint as error:
+                if _is_gone(directory, step):
+                    return find_checkpoint(path)
                 print(f"warning: {error}", file=sys.stderr)
                 damages.append(error)
                 continue

@@ -29,11 +29,15 @@ def export(args) -> None:
     vocabulary = load_vocabulary(vocabulary_path)
     mesh = sharding.make_mesh(sharding.MeshConfig())
     run, step = None, None
-    if not student.is_hugging_face(path):
-        checkpoints, step = student.find_checkpoint(path)
-        run = RunDir(checkpoints.parent)
-        path = checkpoints / str(step)  # the card is of this one, whatever is saved meanwhile
-    model_config, _, params = student.load(path, mesh)
+    if student.is_hugging_face(path):
+        model_config, _, params = student.load(path, mesh)
+    else:  # the card is of the one that is read, whatever is saved meanwhile
+
+        def read(checkpoints: Path, step: int) -> tuple:
+            return checkpoints, step, student.load(checkpoints / str(step), mesh)
+
+        checkpoints, step, (model_config, _, params) = student.read_checkpoint(path, read)
+        run, path = RunDir(checkpoints.parent), checkpoints / str(step)
     check_embedded(vocabulary, vocabulary_path, model_config.vocab_size, path)
     hf_t5.save(
         output,

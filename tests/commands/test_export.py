@@ -1,11 +1,14 @@
 """`dslt export` while its run goes on."""
 
+import shutil
+
 import pytest
 
 from dslt.checkpoint import hf_t5, student
 from dslt.checkpoint.layout import Layout
 from dslt.checkpoint.manager import CheckpointManager
 from dslt.core import t5
+from dslt.core.sharding import MeshConfig, make_mesh
 from dslt.data.vocabulary import ByteVocabulary
 from dslt.main import main
 
@@ -46,3 +49,43 @@ def test_the_card_is_of_the_checkpoint_that_was_exported_though_others_are_saved
     assert main(["export", "--student", str(run), "--output_dir", str(output)]) == 0
     assert student.find_checkpoint(run)[1] == 2
     assert f"| checkpoint | step {loaded[0]} |" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("when", ["check_params", "load", "_read_to_host"])
+def test_a_best_that_is_replaced_while_it_is_read_gives_way_to_the_new_one(
+    when, run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(student, "DELETION_SECS", 0.0)
+    config, params = hf_t5.load_params(tmp_path / "hf")
+    layout, function = Layout(config), getattr(student, when)
+    with CheckpointManager(run / "best") as manager:
+        manager.save_params(2, params, layout)
+
+    def replace_and_call(*args):
+        if (run / "best/2").exists():
+            with CheckpointManager(run / "best") as manager:
+                manager.replace_all(4, params, layout)
+        return function(*args)
+
+    monkeypatch.setattr(student, when, replace_and_call)
+    output = tmp_path / "student"
+    assert main(["export", "--student", str(run), "--output_dir", str(output)]) == 0
+    said = capsys.readouterr()
+    assert f"exported {run / 'best/4'} to" in said.out and "damaged" not in said.err
+    assert "| checkpoint | step 4 |" in (output / "README.md").read_text()
+
+
+def test_a_student_that_is_replaced_before_it_is_loaded_is_found_again(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(student, "DELETION_SECS", 0.0)
+    config, params = hf_t5.load_params(tmp_path / "hf")
+    with CheckpointManager(run / "checkpoints") as manager:
+        manager.save_params(1, params, Layout(config))
+    read = student._read_to_host
+
+    def delete_and_read(directory, step):
+        if step == 1:
+            shutil.rmtree(directory / "1")
+        return read(directory, step)
+
+    monkeypatch.setattr(student, "_read_to_host", delete_and_read)
+    student.load_to_host(run, make_mesh(MeshConfig()))
