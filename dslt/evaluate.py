@@ -334,6 +334,8 @@ def evaluate_run(
     Returns:
       The rows of evaluations.jsonl, those of earlier calls included.
     """
+    if distributed.is_main():
+        read_json_rows(run.evaluations)  # raises before anything is decoded
     decoder, skipped = None, []
     is_asked_for = steps is not None
     if steps is None:

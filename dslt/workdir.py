@@ -1,6 +1,6 @@
 """A run's directory: it alone reproduces the run.
 
-May import the standard library and tensorboardX (no TensorFlow, no JAX).
+May import the standard library, tensorboardX and its protobuf (no TensorFlow, no JAX).
 
     RUN/config.gin          the operative config, every default included
     RUN/run.json            versions, commit, data digests, devices, state of the run
@@ -26,6 +26,7 @@ import platform
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -268,18 +269,40 @@ class MetricsWriter:
 
 
 def _cut_events(path: Path, first_step: int) -> None:
-    """Takes the events from a step on out of an event file, and a record that a kill cut off."""
+    """Takes the events from a step on out of an event file, and a record that a kill cut off.
+
+    What is damaged goes with all behind it; then the file as it was is set aside.
+    """
+    from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
 
-    records = list(_records(path.read_bytes()))
-    kept = []
-    for record, data in records:
-        event = Event.FromString(data)
+    content = path.read_bytes()
+    kept, end = [], 0
+    for record, data in _records(content):
+        try:
+            event = Event.FromString(data)
+        except DecodeError:
+            break
+        end += len(record)
         if not event.HasField("summary") or event.step < first_step:
             kept.append(record)
-    if sum(map(len, kept)) < path.stat().st_size:
+    if not _is_cut_off(content[end:]):
+        aside = _aside(path)
+        print(
+            f"warning: {path}: is damaged: what stands from byte {end:,} on is no event, and "
+            f"is taken out of it; the file as it was is {aside}",
+            file=sys.stderr,
+        )
+        path.rename(aside)
+    if sum(map(len, kept)) < len(content):
         with replacing(path, "wb") as file:
             file.writelines(kept)
+
+
+def _aside(path: Path) -> Path:
+    """A name beside an event file that is still free, and under which TensorBoard reads none."""
+    names = (path.name.replace("tfevents", f"damaged{number}") for number in itertools.count(1))
+    return next(path.with_name(name) for name in names if not path.with_name(name).exists())
 
 
 def _records(content: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -295,6 +318,16 @@ def _records(content: bytes) -> Iterator[tuple[bytes, bytes]]:
             return
         yield content[start:end], content[start + 12 : end - 4]
         start = end
+
+
+def _is_cut_off(rest: bytes) -> bool:
+    """Whether a file that ends so lacks but the end of its last record."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    if len(rest) < 12:
+        return True
+    length, checksum = struct.unpack_from("<QI", rest)
+    return len(rest) < 12 + length + 4 and checksum == masked_crc32c(rest[:8])
 
 
 def environment() -> dict:
@@ -339,7 +372,7 @@ def read_json_rows(path: Path) -> list[dict]:
     """The rows of a file that only this package writes; none where it does not exist.
 
     A last line without its newline was cut off by a kill and is left out. Raises InputError where
-    another line is no object with a `step`.
+    another line is no object of numbers with an integer `step`.
     """
     return parse_json_rows(path.read_bytes(), path) if path.exists() else []
 
@@ -350,14 +383,23 @@ def parse_json_rows(content: bytes, path: Path | str) -> list[dict]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(strict_json.loads(line))
-            rows[-1]["step"]
-        except (ValueError, TypeError, LookupError) as error:
+            row = strict_json.loads(line)
+        except ValueError:
+            row = None
+        if not _is_row(row):
+            found = line[:80].decode(errors="replace")
             raise InputError(
-                f"{path}:{number}: is no row of this file ({error!r}); it was changed by something "
-                "else. Restore it, or take that line out"
-            ) from None
+                f"{path}:{number}: is no row of this file: found {found!r}, expected a JSON object "
+                "of numbers, its step an integer; it was changed by something else. Restore it, or "
+                "take that line out"
+            )
+        rows.append(row)
     return rows
+
+
+def _is_row(value) -> bool:
+    is_of_numbers = isinstance(value, dict) and all(type(x) in (int, float) for x in value.values())
+    return is_of_numbers and type(value.get("step")) is int
 
 
 def best_row(rows: Sequence[dict]) -> dict | None:

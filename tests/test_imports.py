@@ -62,7 +62,7 @@ MAY_INSTALL = {
     "terminal": (),
     "records": ("numpy",),
     "metrics": ("numpy",),
-    "workdir": ("numpy", "tensorboardX"),
+    "workdir": ("numpy", "tensorboardX", "google"),
     "distributed": ("jax", "numpy"),
     "core": ("jax", "flax", "optax", "numpy"),
 }

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from dslt import evaluate as judging
 from dslt import mirror
 from dslt.checkpoint.manager import CheckpointManager, finished_steps
 from dslt.commands.students import make_answer_sets
@@ -211,6 +212,15 @@ def test_a_best_checkpoint_judged_again_and_worse_gives_way(run, tmp_path, capsy
     shutil.copytree(run.best, copy.best)
     assert main(again) == 0
     assert f"but its checkpoint is gone; {copy.best} still holds" in capsys.readouterr().out
+
+
+def test_a_row_that_is_none_is_named_before_anything_is_decoded(run, tmp_path, monkeypatch, capsys):
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
+    copy.evaluations.write_text('{"step": 6, "validation/accuracy": "high"}\n')
+    monkeypatch.setattr(judging, "predict", lambda *_: pytest.fail("has decoded"))
+    for more in ([], ["--step", "3"]):
+        assert main(["evaluate", "--run_dir", str(copy.path), *more]) == 2
+        assert f"{copy.evaluations}:1: is no row of this file" in capsys.readouterr().err
 
 
 def test_a_step_that_is_not_there_is_not_judged(run, capsys):

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from dslt.errors import InputError
-from dslt.workdir import MetricsWriter, RunDir, StudentFormat, environment, read_json_rows
+from dslt.workdir import (
+    MetricsWriter,
+    RunDir,
+    StudentFormat,
+    _records,
+    environment,
+    read_json_rows,
+)
+
+NO_ROWS = ('{"step": "4"}', '{"step": true}', '{"step": 4, "validation/accuracy": "0.5"}')
 
 
 def test_a_resumed_run_rewrites_the_rows_after_its_checkpoint(tmp_path):
@@ -25,6 +34,35 @@ def test_a_resumed_run_rewrites_the_rows_after_its_checkpoint(tmp_path):
         {"step": 2, "loss": 2.0},
         {"step": 3, "loss": 30.0},
     ]
+
+
+@pytest.mark.parametrize("place", ["length", "event", "end"])
+def test_a_damaged_event_file_is_cut_and_set_aside_as_it_was(place, tmp_path, capsys):
+    run = RunDir(tmp_path)
+    writer = MetricsWriter(run, first_step=1)
+    for step in range(1, 5):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    [path] = run.path.glob("events*")
+    whole = path.read_bytes()
+    records = [record for record, _ in _records(whole)]
+    start = sum(map(len, records[:3]))  # the file's version and two steps stand before
+    if place == "end":  # as a kill leaves it
+        path.write_bytes(whole[:-20])
+    else:
+        first = start + (0 if place == "length" else 12)
+        path.write_bytes(whole[:first] + b"\xff" * 8 + whole[first + 8 :])
+    damaged = path.read_bytes()
+    MetricsWriter(run, first_step=5).close()
+    asides = list(run.path.glob("*damaged*"))
+    if place == "end":
+        assert path.read_bytes() == b"".join(records[:4]) and not asides
+        assert capsys.readouterr().err == ""
+    else:
+        assert path.read_bytes() == whole[:start]
+        assert [aside.read_bytes() for aside in asides] == [damaged]
+        assert "tfevents" not in asides[0].name
+        assert f"{path}: is damaged: what stands from byte {start:,}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run"])
@@ -69,7 +107,7 @@ def test_the_environment_names_the_versions_that_a_result_depends_on():
     assert {"jax", "flax", "optax", "orbax-checkpoint"} <= environment()["versions"].keys()
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "1", "{}", '"a"', "[" * 10_000, "\xff"])
+@pytest.mark.parametrize("line", ["{", "[]", "1", "{}", '"a"', "[" * 10_000, "\xff", *NO_ROWS])
 def test_a_damaged_row_is_named(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line.encode("latin-1") + b'\n{"st')
