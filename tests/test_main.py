@@ -214,6 +214,27 @@ def test_a_best_checkpoint_judged_again_and_worse_gives_way(run, tmp_path, capsy
     assert f"but its checkpoint is gone; {copy.best} still holds" in capsys.readouterr().out
 
 
+def test_an_override_of_what_evaluation_does_not_use_is_refused(run, records, capsys):
+    of_data = (f"records = ({str(records)!r},)", "max_input_length = 99", "batch_examples = 7")
+    bindings = [
+        "t5.T5Config.d_model = 9999",
+        "train.TrainConfig.num_steps = 77",
+        "evaluate.EvalConfig.rows = 3",
+        "sharding.MeshConfig.fsdp = 2",
+        *(f"pipeline.DataConfig.{binding}" for binding in of_data),
+    ]
+    gin = [part for binding in bindings for part in ("--gin", binding)]
+    assert main(["evaluate", "--run_dir", str(run.path), *gin]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    start = next(i for i, line in enumerate(lines) if "evaluation does not use" in line)
+    assert sorted(lines[start + 1 : start + 4]) == [
+        "  pipeline.DataConfig.batch_examples: was 8, now 7",
+        "  t5.T5Config.d_model: was 16, now 9999",
+        "  train.TrainConfig.num_steps: was 6, now 77",
+    ]
+    assert lines[start + 4].startswith("The student is as it was trained.")
+
+
 def test_a_row_that_is_none_is_named_before_anything_is_decoded(run, tmp_path, monkeypatch, capsys):
     copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
     copy.evaluations.write_text('{"step": 6, "validation/accuracy": "high"}\n')

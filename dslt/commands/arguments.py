@@ -20,13 +20,13 @@ def add_command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
     return command
 
 
-def add_gin_flag(command) -> None:
+def add_gin_flag(command, example: str = "train.TrainConfig.rationale_weight = 0.5") -> None:
     command.add_argument(
         "--gin",
         action="append",
         default=[],
         metavar="BINDING",
-        help="an override such as 'train.TrainConfig.rationale_weight = 0.5'; may be repeated",
+        help=f"an override such as {example!r}; may be repeated",
     )
 
 

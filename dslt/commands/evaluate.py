@@ -11,6 +11,16 @@ from dslt.commands.remote import local_run
 from dslt.commands.students import answer_reader, make_answer_sets
 from dslt.errors import InputError
 
+USED_OF_DATA = (
+    "records",
+    "input_prefix_label",
+    "input_prefix_rationale",
+    "max_input_length",
+    "max_target_length",
+    "target_layout",
+    "shared_encoder",
+)
+
 
 def add(commands) -> None:
     command = add_command(commands, "evaluate", evaluate, "judge checkpoints, or predictions again")
@@ -27,7 +37,7 @@ def add(commands) -> None:
     command.add_argument(
         "--step", type=int, action="append", help="this checkpoint, again if need be; repeatable"
     )
-    add_gin_flag(command)
+    add_gin_flag(command, example="evaluate.EvalConfig.with_rationales = True")
     add_process_flags(command)
 
 
@@ -80,6 +90,7 @@ def judge_run(run, args) -> list[dict]:
     from dslt.data.vocabulary import load_vocabulary
 
     configs = config.parse([str(run.config)], args.gin)
+    check_overrides(config.find_changes(config.parse([str(run.config)]), configs))
     layout, max_target_length = configs.data.target_layout, configs.data.max_target_length
     eval_config, read_answer = answer_reader(configs.evaluate, layout, max_target_length)
     vocabulary = load_vocabulary(run.vocabulary)
@@ -105,6 +116,25 @@ def judge_run(run, args) -> list[dict]:
         follow=args.follow,
         steps=args.step,
     )
+
+
+def check_overrides(changes) -> None:
+    """Raises InputError where an override is of what evaluation does not use, such as the model's
+    shape, which is the checkpoint's.
+    """
+    used = [f"pipeline.DataConfig.{name}" for name in USED_OF_DATA]
+    unused = [
+        str(change)
+        for change in changes
+        if not change.name.startswith(("evaluate.", "sharding.")) and change.name not in used
+    ]
+    if unused:
+        raise InputError(
+            "--gin: found overrides that evaluation does not use:\n  "
+            + "\n  ".join(unused)
+            + "\nThe student is as it was trained. Expected fields of evaluate.EvalConfig, of "
+            f"sharding.MeshConfig, or {', '.join(used)}; leave the others out"
+        )
 
 
 def score_again(args) -> str:
