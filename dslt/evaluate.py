@@ -350,8 +350,8 @@ def evaluate_run(
             else:
                 decoder.load_step(run.checkpoints, step)
         except (OSError, KeyError, ValueError) as error:
-            time.sleep(student.DELETION_SECS)  # one that training is deleting looks damaged
-            if not is_asked_for and step not in finished_steps(run.checkpoints):
+            is_gone = student.is_gone(run.checkpoints, step)
+            if not is_asked_for and is_gone:
                 problem = "is no longer there, newer checkpoints replaced it"
             elif isinstance(error, DamagedCheckpoint) and not is_asked_for:
                 problem = str(error)

@@ -100,11 +100,11 @@ def read_checkpoint(path: Path, read: Callable):
         try:
             return read(directory, step)
         except (OSError, KeyError, ValueError):
-            if not _is_gone(directory, step):
+            if not is_gone(directory, step):
                 raise
 
 
-def _is_gone(directory: Path, step: int) -> bool:
+def is_gone(directory: Path, step: int) -> bool:
     """Whether what could not be read is no longer there: half deleted it looks damaged."""
     time.sleep(DELETION_SECS)
     return step not in finished_steps(directory)
@@ -130,7 +130,7 @@ def find_checkpoint(path: Path) -> tuple[Path, int]:
             try:
                 check_params(directory, step)
             except DamagedCheckpoint as error:
-                if _is_gone(directory, step):
+                if is_gone(directory, step):
                     return find_checkpoint(path)
                 print(f"warning: {error}", file=sys.stderr)
                 damages.append(error)

@@ -2,6 +2,8 @@
 
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
 from dslt.checkpoint import hf_t5, student
@@ -88,4 +90,6 @@ def test_a_student_that_is_replaced_before_it_is_loaded_is_found_again(run, tmp_
         return read(directory, step)
 
     monkeypatch.setattr(student, "_read_to_host", delete_and_read)
-    student.load_to_host(run, make_mesh(MeshConfig()))
+    _, _, found = student.load_to_host(run, make_mesh(MeshConfig()))
+    assert not (run / "checkpoints/1").exists()
+    jax.tree.map(np.testing.assert_array_equal, found, params)
