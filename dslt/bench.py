@@ -25,15 +25,15 @@ import jax
 import numpy as np
 
 from dslt.checkpoint import hf_t5
-from dslt.core import attention, flops, hlo, sharding
+from dslt.core import flops, hlo, sharding
 from dslt.core.batch import PAD_ID, ROLE_LABEL, Batch, count_targets, pad_rows
 from dslt.core.continuous import ContinuousDecoder
 from dslt.core.decode import DecodeConfig
-from dslt.core.optimizer import OptimizerConfig, make_optimizer
+from dslt.core.optimizer import OptimizerConfig
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
 from dslt.records import EvalInput
-from dslt.start import new_state
+from dslt.start import mesh_and_optimizer, new_state
 from dslt.train import TrainConfig, compile_step
 
 PROFILED_STEPS = 3
@@ -88,10 +88,10 @@ class StepBench:
         mesh_config: MeshConfig,
         first_batch: Batch,
     ):
-        self.mesh = sharding.make_mesh(mesh_config)
-        attention.check_platform(model_config.attention, self.mesh.devices.flat[0].platform)
+        self.mesh, optimizer = mesh_and_optimizer(
+            config, model_config, optimizer_config, mesh_config
+        )
         self.model_config = model_config
-        optimizer = make_optimizer(optimizer_config, config.num_steps)
         self.graphdef, self._state = new_state(config, model_config, optimizer, self.mesh)
         self._multiple = sharding.row_multiple(self.mesh, config.accumulation_steps)
         step = compile_step(

@@ -15,11 +15,23 @@ from dslt import distributed
 from dslt.checkpoint.layout import Layout
 from dslt.checkpoint.manager import CheckpointManager, finished_steps
 from dslt.checkpoint.student import read_params
-from dslt.core import sharding, t5
+from dslt.core import attention, sharding, t5
+from dslt.core.optimizer import make_optimizer
 from dslt.core.t5 import T5Config
 from dslt.core.train_step import init_state
 from dslt.errors import InputError
 from dslt.workdir import RunDir
+
+
+def mesh_and_optimizer(config, model_config, optimizer_config, mesh_config) -> tuple:
+    """What a run is computed on, and what updates it.
+
+    Raises:
+      InputError: these devices cannot compute it.
+    """
+    mesh = sharding.make_mesh(mesh_config)
+    attention.check_platform(model_config.attention, mesh.devices.flat[0].platform)
+    return mesh, make_optimizer(optimizer_config, config.num_steps)
 
 
 def initial_state(config, model_config, optimizer, mesh, manager) -> tuple:

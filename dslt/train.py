@@ -21,9 +21,9 @@ from tqdm import tqdm
 from dslt import distributed, signals
 from dslt.checkpoint.layout import Layout
 from dslt.checkpoint.manager import CheckpointManager
-from dslt.core import attention, sharding, topology
+from dslt.core import sharding, topology
 from dslt.core.batch import Batch, BatchCounts
-from dslt.core.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from dslt.core.optimizer import OptimizerConfig, make_schedule
 from dslt.core.sharding import MeshConfig, put_batch
 from dslt.core.t5 import T5Config
 from dslt.core.train_step import (
@@ -35,7 +35,7 @@ from dslt.core.train_step import (
 )
 from dslt.errors import InputError
 from dslt.nonfinite import NonfiniteStep, keep_batch
-from dslt.start import initial_state
+from dslt.start import initial_state, mesh_and_optimizer
 from dslt.step_log import LogInterval, progress_line
 from dslt.workdir import MetricsWriter, RunDir
 
@@ -168,9 +168,7 @@ def train(
         are not finite end the training.
     """
     distributed.check_joined()
-    mesh = sharding.make_mesh(mesh_config)
-    attention.check_platform(model_config.attention, mesh.devices.flat[0].platform)
-    optimizer = make_optimizer(optimizer_config, config.num_steps)
+    mesh, optimizer = mesh_and_optimizer(config, model_config, optimizer_config, mesh_config)
     schedule = make_schedule(optimizer_config, config.num_steps)
     layout = Layout(model_config)
 

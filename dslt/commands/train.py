@@ -43,13 +43,14 @@ def train_here(args) -> int:
     """Checks the configs, opens the data, says what will happen, and trains."""
     start_processes(args)
     from dslt import config, distributed
+    from dslt.start import mesh_and_optimizer
     from dslt.train import train as run_training
     from dslt.workdir import RunDir
 
     branch = args.branch_from
     bindings = [f"train.TrainConfig.branch_from = {branch!r}"] if branch else []
     configs = config.parse(args.gin_files, [*args.gin, *bindings])
-    check_devices(configs)
+    mesh_and_optimizer(configs.train, configs.model, configs.optimizer, configs.mesh)  # may refuse
     run = RunDir(Path(args.run_dir))
     changes = []
     with contextlib.ExitStack() as stack:
@@ -78,16 +79,6 @@ def train_here(args) -> int:
     if stream.left_out:
         print(f"warning: {stream.left_out} examples found no room in an epoch and were left out")
     return 0 if int(state.step) >= configs.train.num_steps else INTERRUPTED
-
-
-def check_devices(configs) -> None:
-    """Raises InputError where the config cannot be trained on these devices."""
-    from dslt.core import attention, sharding
-    from dslt.core.optimizer import make_optimizer
-
-    mesh = sharding.make_mesh(configs.mesh)
-    attention.check_platform(configs.model.attention, mesh.devices.flat[0].platform)
-    make_optimizer(configs.optimizer, configs.train.num_steps)
 
 
 @contextlib.contextmanager
