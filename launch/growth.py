@@ -28,7 +28,9 @@ CASES = {
     "depth × ½": {"layers": 12},
     "depth × 2": {"layers": 48},
     "chips × 2": {"topology": "v5e:4x4"},
+    "chips × 2, data 2 × fsdp 8": {"topology": "v5e:4x4", "data": 2},
     "chips × 4": {"topology": "v5e:4x8"},
+    "chips × 4, data 4 × fsdp 8": {"topology": "v5e:4x8", "data": 4},
 }
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
@@ -46,6 +48,7 @@ def compile_case(
     target_length: int = 128,
     layers: int = 24,
     topology: str = "v5e:2x4",
+    data: int = 1,
 ) -> TrainPlan:
     """One plan, compiled with little effort."""
     configs = config.parse(GIN_FILES)
@@ -55,7 +58,7 @@ def compile_case(
         train=configs.train,
         model=model,
         optimizer=configs.optimizer,
-        mesh=configs.mesh,
+        mesh=dataclasses.replace(configs.mesh, data=data),
         evaluate=configs.evaluate,
         max_input_length=source_length,
         shape=shape,

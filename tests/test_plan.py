@@ -79,6 +79,22 @@ def test_each_matrix_of_a_layer_is_gathered_once_a_pass(remat):
     assert len(in_layers) == 2 * ((4 + 3) + (8 + 3))  # attention and feed-forward of both stacks
 
 
+def test_of_a_gradient_only_the_part_that_is_kept_crosses_data():
+    """Beside data, a matrix is gathered and its gradient scattered over fsdp alone."""
+    found = plan.plan_training(dataclasses.replace(RUN, mesh=MeshConfig(data=2, fsdp=4)), CPU)
+    in_layers = [c for c in found.collectives if c.times == 3]
+    gathered = [c for c in in_layers if c.kind == "all-gather"]
+    scattered = [c for c in in_layers if c.kind == "reduce-scatter"]
+    summed = [c for c in in_layers if c.axes == ("data",)]
+    matrices = (4 + 3) + (8 + 3)
+    assert len(gathered) == 2 * matrices and len(scattered) == matrices
+    assert {c.axes for c in gathered + scattered} == {("fsdp",)}
+    assert {c.kind for c in summed} == {"all-reduce"}
+    assert sum(c.whole_bytes for c in summed) == sum(c.whole_bytes for c in scattered) / 4
+    others = [c for c in in_layers if c not in gathered + scattered + summed]
+    assert all("[32,32]" not in c.type and "64" not in c.type for c in others)  # no matrix
+
+
 def test_rows_are_padded_as_in_training():
     run = dataclasses.replace(RUN, shape=dataclasses.replace(RUN.shape, rows=17))
     assert plan.plan_training(run, CPU).rows == 24

@@ -93,7 +93,7 @@ def _on_mesh(hidden, weight, targets, token_weights, chunk_tokens, with_gradient
             return loss, nll, is_correct
         d_hidden, d_weight = gradients
         if width_axis:
-            d_weight = jax.lax.psum_scatter(d_weight, width_axis, scatter_dimension=0, tiled=True)
+            d_weight = _scatter_rows(d_weight, width_axis)
         others = tuple(axis for axis in row_axes if axis != width_axis)
         return loss, nll, is_correct, d_hidden, jax.lax.psum(d_weight, others)
 
@@ -104,6 +104,16 @@ def _on_mesh(hidden, weight, targets, token_weights, chunk_tokens, with_gradient
         out_specs=(*values, rows, head) if with_gradients else values,
         check_vma=False,
     )(hidden, weight, targets, token_weights)
+
+
+def _scatter_rows(matrix, axis: str):
+    """[D, V] summed over a mesh axis, of which each device keeps its share of the rows.
+
+    TPU compilers sum it whole and slice unless its columns are a multiple of 256.
+    """
+    columns = matrix.shape[1]
+    padded = jnp.pad(matrix, ((0, 0), (0, -columns % 256)))
+    return jax.lax.psum_scatter(padded, axis, tiled=True)[:, :columns]
 
 
 def _in_chunks(

@@ -173,7 +173,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def inside(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Traced in it, `split_rows` and the `gather_*` place over this mesh; None does nothing."""
+    """Traced in it, what follows places over this mesh; None does nothing."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
 
 
@@ -197,26 +197,48 @@ def gather_width(table: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(table, PartitionSpec("tensor", None))
 
 
-def gather_matrix(matrix: jax.Array, is_split_last: bool) -> jax.Array:
-    """A layer's matrix, whole over fsdp where it is used; itself where fsdp splits nothing.
+def project_split(product, x: jax.Array, matrix: jax.Array, is_split_last: bool) -> jax.Array:
+    """`product(x, matrix)` of split rows and a split matrix, said for each device.
 
-    Said in two steps, split and then whole, so that the gradient goes back the same way: one gather
-    in the forward, one in the backward, one reduce-scatter of the gradient. Left to itself XLA
-    gathered twice in a rematerialised backward and summed most gradients whole on every device. TPU
-    compilers form a reduce-scatter along the first dimension alone, so a matrix whose last one is
-    split is gathered transposed.
+    Each gathers the matrix over fsdp for its own rows, and the gradient goes back the same way: one
+    reduce-scatter over fsdp, then one sum over data of the part that is kept. Left to itself XLA
+    gathered over data too, and summed most gradients whole over both. Where fsdp splits nothing it
+    is the product itself.
 
     Args:
-      matrix: [D, N], or [N, D] where `is_split_last`; D is the model dimension, split over fsdp.
+      product: of [B, N, C] and [C, M] to [B, N, M].
+      matrix: [D, M] or, where `is_split_last`, [C, D]; the model dimension D is split over fsdp and
+        the other one over tensor.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not _splits_parameters(mesh):
-        return matrix
-    if is_split_last:
-        return gather_matrix(matrix.T, is_split_last=False).T
-    fsdp, tensor = _axes_that_fit(mesh, ("fsdp", "tensor"), matrix.shape)
-    split = jax.lax.with_sharding_constraint(matrix, PartitionSpec(fsdp, tensor))
-    return jax.lax.with_sharding_constraint(split, PartitionSpec(None, tensor))
+        return product(x, matrix)
+    axes = ("tensor", "fsdp") if is_split_last else ("fsdp", "tensor")
+    where = PartitionSpec(*_axes_that_fit(mesh, axes, matrix.shape))
+    contracted, kept = (where[0], None) if is_split_last else (None, where[1])
+
+    def on_device(x, matrix):
+        if "fsdp" in where:
+            matrix = _gather_last(matrix) if is_split_last else _gather_first(matrix)
+        out = product(x, matrix)
+        return jax.lax.psum(out, contracted) if contracted else out
+
+    rows = batch_spec()
+    return jax.shard_map(
+        on_device,
+        in_specs=(PartitionSpec(*rows, None, contracted), where),
+        out_specs=PartitionSpec(*rows, None, kept),
+        check_vma=False,
+    )(x, matrix)
+
+
+def _gather_first(matrix):
+    return jax.lax.all_gather(matrix, "fsdp", tiled=True)
+
+
+def _gather_last(matrix):
+    """TPU compilers form a reduce-scatter along the first dimension alone."""
+    return _gather_first(matrix.T).T
 
 
 def gather_again(layer, prevent_cse: bool):
@@ -228,8 +250,8 @@ def gather_again(layer, prevent_cse: bool):
     if not _splits_parameters(jax.sharding.get_abstract_mesh()):
         return layer
 
-    def keep(primitive, *_, **__) -> bool:  # everything but what `gather_matrix` makes
-        return primitive.name not in ("sharding_constraint", "transpose")
+    def keep(primitive, *_, **__) -> bool:  # everything but what `project_split` gathers
+        return primitive.name not in ("all_gather", "transpose")
 
     return jax.checkpoint(layer, policy=keep, prevent_cse=prevent_cse)
 

@@ -31,7 +31,7 @@ from dslt.core.attention import SegmentMask
 from dslt.core.batch import NUM_ROLES, Batch
 from dslt.core.dropout import dropout
 from dslt.core.products import project
-from dslt.core.sharding import gather_again, gather_matrix, gather_width, split_rows
+from dslt.core.sharding import gather_again, gather_width, project_split, split_rows
 from dslt.errors import InputError
 
 
@@ -621,9 +621,12 @@ def _project(x, weight: nnx.Param, num_contracted: int = 1, is_split_last: bool 
     weight = weight[...].astype(x.dtype)
     contracted, kept = weight.shape[:num_contracted], weight.shape[num_contracted:]
     matrix = weight.reshape(math.prod(contracted), math.prod(kept))
-    if x.shape[1] > 1:  # to decode one position, moving activations is cheaper: XLA may choose
-        matrix = gather_matrix(matrix, is_split_last)
-    return project(x.reshape(*x.shape[:2], -1), matrix).reshape(*x.shape[:2], *kept)
+    x = x.reshape(*x.shape[:2], -1)
+    if x.shape[1] > 1:
+        out = project_split(project, x, matrix, is_split_last)
+    else:  # to decode one position, moving activations is cheaper: XLA may choose
+        out = project(x, matrix)
+    return out.reshape(*x.shape[:2], *kept)
 
 
 def _split(key, num: int):
