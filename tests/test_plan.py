@@ -241,8 +241,12 @@ def test_a_fill_is_a_share(fill, capsys):
 @pytest.fixture(scope="module")
 def base_slice():
     """The shipped file, compiled for its slice."""
+    return plan_base_slice()
+
+
+def plan_base_slice(*overrides: str) -> plan.TrainPlan:
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[tpu]'")
-    configs = config.parse(BASE_SLICE)
+    configs = config.parse(BASE_SLICE, overrides)
     data = configs.data
     rows = 2 * data.batch_examples
     run = plan.Run(
@@ -280,6 +284,17 @@ def test_fsdp_gathers_a_matrix_once_a_pass_and_scatters_its_gradient_once(base_s
     assert whole["all-gather"] == 2 * 2 * matrices
     assert whole["reduce-scatter"] == 2 * matrices
     assert whole["all-reduce"] == 0
+
+
+def test_plain_attention_with_dropout_compiles_for_tpus():
+    """It overflowed libtpu's stack, which ends the process."""
+    found = plan_base_slice(
+        "t5.T5Config.attention = 'plain'",
+        "t5.T5Config.num_layers = 2",
+        "t5.T5Config.num_decoder_layers = 2",
+    )
+    assert found.memory.fits()
+    assert found.run.model.dropout_rate > 0
 
 
 def test_nothing_else_moves(base_slice):
