@@ -203,7 +203,7 @@ def project_split(product, x: jax.Array, matrix: jax.Array, is_split_last: bool)
     Each gathers the matrix over fsdp for its own rows, and the gradient goes back the same way: one
     reduce-scatter over fsdp, then one sum over data of the part that is kept. Left to itself XLA
     gathered over data too, and summed most gradients whole over both. Where fsdp splits nothing it
-    is the product itself.
+    is `product` alone.
 
     Args:
       product: of [B, N, C] and [C, M] to [B, N, M].
@@ -211,7 +211,8 @@ def project_split(product, x: jax.Array, matrix: jax.Array, is_split_last: bool)
         the other one over tensor.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not _splits_parameters(mesh):
+    # To decode one position, moving activations is cheaper: XLA may choose.
+    if not _splits_parameters(mesh) or x.shape[1] == 1:
         return product(x, matrix)
     axes = ("tensor", "fsdp") if is_split_last else ("fsdp", "tensor")
     where = PartitionSpec(*_axes_that_fit(mesh, axes, matrix.shape))

@@ -621,11 +621,7 @@ def _project(x, weight: nnx.Param, num_contracted: int = 1, is_split_last: bool 
     weight = weight[...].astype(x.dtype)
     contracted, kept = weight.shape[:num_contracted], weight.shape[num_contracted:]
     matrix = weight.reshape(math.prod(contracted), math.prod(kept))
-    x = x.reshape(*x.shape[:2], -1)
-    if x.shape[1] > 1:
-        out = project_split(project, x, matrix, is_split_last)
-    else:  # to decode one position, moving activations is cheaper: XLA may choose
-        out = project(x, matrix)
+    out = project_split(project, x.reshape(*x.shape[:2], -1), matrix, is_split_last)
     return out.reshape(*x.shape[:2], *kept)
 
 
