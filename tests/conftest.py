@@ -6,6 +6,7 @@ second instead of six, and what is tested does not run long.
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import tempfile
 
@@ -74,3 +75,36 @@ def small_disk(tmp_path):
     yield make
     if os.path.ismount(path):
         subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory):
+    """The path of a few examples with the rationales of the scripted teacher."""
+    from dslt.main import main
+
+    directory = tmp_path_factory.mktemp("records")
+    sizes = ["--train", "60", "--validation", "12", "--test", "12"]
+    args = ["--dataset", "facts", "--teacher", "scripted", "--mistake_rate", "0.2"]
+    assert main(["extract", *args, *sizes, "--output_dir", str(directory)]) == 0
+    return directory / "records.jsonl"
+
+
+@pytest.fixture(scope="session")
+def trained_run(records, tmp_path_factory):
+    """The directory of a trained and evaluated run, which tests take a copy of: `run`."""
+    from small_run import train_args
+
+    from dslt.main import main
+
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    assert main(train_args(records, directory)) == 0
+    assert main(["evaluate", "--run_dir", str(directory)]) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(trained_run, tmp_path_factory):
+    """A trained and evaluated run, a copy for each module: its tests may judge it again."""
+    from dslt.workdir import RunDir
+
+    return RunDir(shutil.copytree(trained_run, tmp_path_factory.mktemp("runs") / "run"))

@@ -1,12 +1,14 @@
 """The inputs of `dslt predict`: a row a line, whatever the line holds."""
 
 import io
+import json
 import types
 
 import pytest
 
 from dslt.commands.predict import read_inputs
 from dslt.errors import InputError
+from dslt.main import main
 
 
 def inputs_of(tmp_path, data: bytes):
@@ -36,3 +38,15 @@ def test_standard_input_that_is_no_text_is_an_input_error(monkeypatch):
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(b"a\xff\n")))
     with pytest.raises(InputError, match="expected UTF-8"):
         read_inputs("-", None)
+
+
+def test_plain_text_lines_are_inputs(run, tmp_path, capsys):
+    texts = ["premise: ann has a cup .", "premise: bob has a hat ."]
+    (tmp_path / "inputs.txt").write_text("\n\n".join(texts))
+    assert main(["predict", "--student", str(run.path), str(tmp_path / "inputs.txt")]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["input"] for row in rows] == [
+        "premise: ann has a cup .",
+        "premise: bob has a hat .",
+    ]
+    assert all(row.keys() == {"input", "prediction"} for row in rows)
