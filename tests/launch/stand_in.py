@@ -11,6 +11,7 @@ and `stderr` (the call fails so), `preempt` (the slice is lost first), `vm` and 
 state, None for none).
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -86,7 +87,8 @@ def set_state(name: str, state: str | None) -> None:
 def preempt() -> None:
     """The processes of all workers are killed, and their disks are gone."""
     for process in (WORLD / "workers").glob("*/dslt/job/pid"):
-        os.killpg(int(process.read_text()), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # one that has ended already
+            os.killpg(int(process.read_text()), signal.SIGKILL)
     shutil.rmtree(WORLD / "workers")
     set_state("vm", "PREEMPTED")
 

@@ -122,10 +122,9 @@ def test_a_dropped_connection_loses_and_repeats_nothing(slice_of_two):
 
 
 RESUMING = """
-path = os.path.join(os.environ["DSLT_SHARED"], "step")
+path = os.path.join(os.environ["DSLT_SHARED"], "step_of_" + os.environ["WORKER"])
 if not os.path.exists(path):
     print("train from nothing", flush=True)
-    time.sleep(0.2)
     open(path, "w").close()
     time.sleep(60)
 print("resume and finish")
