@@ -28,8 +28,22 @@ from dslt.core.continuous import ContinuousDecoder
 from dslt.core.decode import DecodeConfig
 from dslt.core.sharding import MeshConfig
 from dslt.errors import InputError
-from dslt.records import EvalInput, Example, Prediction, read_predictions, write_rows
-from dslt.workdir import RunDir, best_row, read_json_rows, write_json, write_json_rows
+from dslt.records import (
+    EvalInput,
+    Example,
+    Prediction,
+    labelled_splits,
+    read_predictions,
+    write_rows,
+)
+from dslt.workdir import (
+    RunDir,
+    best_row,
+    judged_steps,
+    read_json_rows,
+    write_json,
+    write_json_rows,
+)
 
 ANSWERS = ("open", "trie", "likelihood")
 GREEDY = DecodeConfig()
@@ -339,7 +353,7 @@ def evaluate_run(
     decoder, skipped = None, []
     is_asked_for = steps is not None
     if steps is None:
-        splits = {each.example.split for each in examples if each.example.label is not None}
+        splits = labelled_splits(each.example for each in examples)
         steps = _unjudged_steps(run, config, splits, follow)
     for step in _share_steps(steps):
         started_secs = time.perf_counter()
@@ -401,8 +415,7 @@ def _unjudged_steps(
     """Steps of checkpoints that were not judged on each of the splits, ascending; waits for more
     if it is to follow.
     """
-    names = {f"{split}/accuracy" for split in splits}
-    seen = {row["step"] for row in read_json_rows(run.evaluations) if names <= row.keys()}
+    seen = judged_steps(read_json_rows(run.evaluations), splits)
     silence = Silence(run)
     while True:
         # asked before the listing, so that no last checkpoint is missed

@@ -172,6 +172,11 @@ def read_examples(path: str | os.PathLike) -> Iterator[Example]:
     return _read_rows(Path(path), Example)
 
 
+def labelled_splits(examples: Iterable[Example]) -> set[str]:
+    """The splits that have gold labels: those that a student can be judged on."""
+    return {example.split for example in examples if example.label is not None}
+
+
 def read_predictions(path: str | os.PathLike) -> Iterator[Prediction]:
     """Yields the predictions of one file; errors as in `read_examples`."""
     return _read_rows(Path(path), Prediction)

@@ -11,13 +11,13 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from dslt.data.target_layout import LABEL
 from dslt.errors import InputError
 from dslt.records import read_examples
-from dslt.workdir import RunDir, read_json_rows
+from dslt.workdir import RunDir, judged_steps, read_json_rows
 
 STEPS = "steps"
 COMPUTE = "compute"
@@ -237,11 +237,12 @@ def _check_names(names: Sequence[str]) -> None:
         )
 
 
-def is_done(run: RunDir) -> bool:
-    """Whether a run has finished and every checkpoint that it kept has been judged."""
+def is_done(run: RunDir, splits: Collection[str]) -> bool:
+    """Whether a run has finished and every checkpoint that it kept has been judged on each of these
+    splits."""
     if run.state() != "finished":
         return False
-    return run.checkpoint_steps() <= {row["step"] for row in read_json_rows(run.evaluations)}
+    return run.checkpoint_steps() <= judged_steps(read_json_rows(run.evaluations), splits)
 
 
 def equal_compute_steps(num_steps: int, own_flops: float, two_task_flops: float) -> int:

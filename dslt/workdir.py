@@ -29,7 +29,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from dslt import __version__, strict_json
@@ -406,6 +406,14 @@ def best_row(rows: Sequence[dict]) -> dict | None:
     """The row with the highest validation accuracy, the earliest of equals; test plays no role."""
     judged = [row for row in rows if "validation/accuracy" in row]
     return max(judged, key=lambda row: (row["validation/accuracy"], -row["step"]), default=None)
+
+
+def judged_steps(rows: Sequence[dict], splits: Collection[str]) -> set[int]:
+    """The steps of evaluations.jsonl's rows that were judged on each of these splits; a split
+    without gold labels is never judged, and is not to be among them.
+    """
+    names = {f"{split}/accuracy" for split in splits}
+    return {row["step"] for row in rows if names <= row.keys()}
 
 
 def write_json_rows(path: Path, rows: list[dict]) -> None:

@@ -8,6 +8,7 @@ from dslt.records import (
     Example,
     Prediction,
     Rationale,
+    labelled_splits,
     read_examples,
     read_predictions,
     write_rows,
@@ -53,6 +54,12 @@ def test_several_weighted_rationales_survive_and_older_rows_stay_as_they_were(tm
     assert EXAMPLE.rationales() == ()
     older, weighted, _ = (json.loads(line) for line in path.read_text("utf-8").split("\n")[:3])
     assert set(weighted) - set(older) == {"rationale_weight"}
+
+
+def test_a_split_without_gold_labels_is_not_judged():
+    unlabelled = dataclasses.replace(EXAMPLE, label=None, teacher_label="no")
+    of_test = dataclasses.replace(unlabelled, split="test")
+    assert labelled_splits([unlabelled, EXAMPLE, of_test]) == {"train"}
 
 
 def test_predictions_survive_writing_and_reading(tmp_path):

@@ -19,7 +19,7 @@ from dslt.data.pipeline import TrainStream, make_vocabulary
 from dslt.errors import InputError
 from dslt.main import main
 from dslt.sweep import SET_BY, SweepConfig, equal_compute_steps, expand, is_done
-from dslt.workdir import RunDir, read_json, read_json_rows
+from dslt.workdir import RunDir, read_json, read_json_rows, write_json_rows
 
 ONE_METHOD = {"settings": ("settings/facts.gin",), "methods": ("runs/step_by_step.gin",)}
 SMALL = (
@@ -264,7 +264,7 @@ def swept(records, tmp_path_factory):
 def test_a_run_of_a_sweep_is_an_ordinary_run_that_says_what_it_is(swept):
     _, directory, only = swept
     run = RunDir(directory / only)
-    assert is_done(run)
+    assert is_done(run, ("validation", "test"))
     facts = read_json(run.path / "experiment.json")
     assert (facts["method"], facts["fraction"]) == ("rationale_label", 0.5)
     assert [row["step"] for row in read_json_rows(run.evaluations)] == [2, 4]
@@ -299,6 +299,29 @@ def test_a_finished_run_of_another_config_or_of_other_records_is_not_taken_for_d
     info.write_text(kept)
     assert main(done) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_is_done_once_it_was_judged_on_each_split_that_is_asked_for(swept, capsys):
+    args, directory, only = swept
+    listed = [*args, "--list", "--gin", "sweep.SweepConfig.methods = ('runs/rationale_label.gin',)"]
+    evaluations = RunDir(directory / only).evaluations
+
+    def is_listed(*splits: str) -> bool:
+        overrides = (*SMALL, f"evaluate.EvalConfig.splits = {splits}")
+        assert main([*listed, "--gin", f"sweep.SweepConfig.overrides = {overrides!r}"]) == 0
+        return f"--only {only}" in capsys.readouterr().out
+
+    assert is_listed("validation", "test", "train")
+    assert not is_listed("validation", "test")
+    of_test = [
+        {name: x for name, x in row.items() if not name.startswith("validation/")}
+        for row in read_json_rows(evaluations)
+    ]
+    write_json_rows(evaluations, of_test)
+    assert is_listed("validation", "test")
+    assert not is_listed("test")
+    assert main([*args, "--only", only]) == 0
+    assert not is_listed("validation", "test")
 
 
 @pytest.mark.parametrize("flag", ["--list", "--estimate"])
@@ -366,7 +389,7 @@ def test_what_fails_is_said_and_does_not_stop_the_rest(swept):
     assert "3 runs, 1 of them done" in done.stdout
     assert "facts-broken-50pct-seed0: failed with status 2" in done.stdout
     assert "expected train.TrainConfig.rationale_weight = 0" in done.stdout
-    assert is_done(RunDir(directory / "facts-fine_tuning-50pct-seed0"))
+    assert is_done(RunDir(directory / "facts-fine_tuning-50pct-seed0"), ("validation", "test"))
     assert (directory / only / "run.json").stat().st_mtime_ns == before
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import shlex
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dslt import signals
@@ -46,8 +47,13 @@ def add(commands) -> None:
 def sweep(args) -> int:
     """Runs what is missing; the same command goes on after a stop."""
     from dslt import config
+    from dslt.records import labelled_splits, read_examples
     from dslt.sweep import expand
     from dslt.workdir import RunDir
+
+    @functools.cache
+    def labelled(records: tuple[str, ...]) -> set[str]:
+        return labelled_splits(itertools.chain.from_iterable(map(read_examples, records)))
 
     directory = Path(args.output_dir)
     experiments = expand(config.parse_sweep(args.gin_files, args.gin), config.parse)
@@ -61,7 +67,7 @@ def sweep(args) -> int:
     missing = [
         name
         for name, experiment in by_name.items()
-        if not is_done_as_asked(experiment, RunDir(directory / name))
+        if not is_done_as_asked(experiment, RunDir(directory / name), labelled)
     ]
     if args.list:
         for name in missing:
@@ -74,8 +80,11 @@ def sweep(args) -> int:
     return run_all(args, missing, directory)
 
 
-def is_done_as_asked(experiment, run) -> bool:
+def is_done_as_asked(experiment, run, labelled: Callable) -> bool:
     """Whether a run is done and is what the sweep now asks for, or could be by more steps.
+
+    Args:
+      labelled: records files to the splits that have gold labels.
 
     Raises:
       InputError: it is of another config, or of records that have changed since.
@@ -85,7 +94,7 @@ def is_done_as_asked(experiment, run) -> bool:
     from dslt.sweep import COMPUTE, is_done
     from dslt.workdir import read_json
 
-    if not is_done(run):
+    if not is_done(run, splits=()):  # what is asked for is read of the others alone
         return False
     was = config.parse([str(run.config)])
     now = config.parse(experiment.gin_files, experiment.overrides)
@@ -108,7 +117,8 @@ def is_done_as_asked(experiment, run) -> bool:
             + "\n  ".join(refused)
             + "\nChoose another --output_dir, or move that directory away to do the run anew"
         )
-    return was.train.num_steps == now.train.num_steps
+    asked = labelled(now.data.records) & set(now.evaluate.splits)
+    return was.train.num_steps == now.train.num_steps and is_done(run, asked)
 
 
 def arguments(args, name: str) -> list[str]:
