@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dslt import strict_json
@@ -10,6 +11,7 @@ from dslt.errors import InputError
 from dslt.signals import INTERRUPTED
 from dslt.terminal import printable
 
+KINDS = ("scripted", "released", "endpoint")  # of teachers
 # What an entry of a --teachers file may say; what it leaves out is as the flags have it.
 TEACHER_FIELDS = (
     "name", "teacher", "weight", "samples", "model", "prompt", "mode", "temperature", "max_tokens",
@@ -26,9 +28,7 @@ def add(commands) -> None:
         help="facts, choice, sums (embedded); svamp, cqa, esnli, anli1 (released layout or TFDS); "
         "or a name for your own table",
     )
-    command.add_argument(
-        "--teacher", default="none", choices=("none", "scripted", "released", "endpoint")
-    )
+    command.add_argument("--teacher", default="none", choices=("none", *KINDS))
     command.add_argument("--output_dir", required=True, help="where records.jsonl goes")
     command.add_argument("--data_dir", help="the released layout's directory, or TFDS's")
     command.add_argument("--tfds", action="store_true", help="read the problems through tfds.load")
@@ -161,6 +161,20 @@ def add_filter_flags(command) -> None:
 
 # What says nothing without a teacher.
 TEACHER_FLAGS = (add_scripted_flags, add_endpoint_flags, add_asking_flags, add_filter_flags)
+# Of these what not every kind of teacher uses, and the kinds that do.
+USED_BY = {
+    **dict.fromkeys(("mistake_rate", "wording"), ("scripted",)),
+    "samples": ("scripted", "endpoint"),
+    **dict.fromkeys(
+        (
+            "model", "prompt", "label", "mode", "temperature", "max_tokens", "sampling_seed",
+            "extra_body", "base_url", "api_key_env", "samples_per_request", "concurrency",
+            "requests_per_minute", "tokens_per_minute", "timeout_secs", "max_attempts",
+            "price_input", "price_output", "write_batch", "read_batch", "retry_with_hint",
+        ),
+        ("endpoint",),
+    ),
+}  # fmt: skip
 # With one of these nothing is sent.
 SILENT_FLAGS = ("offline", "merge_from", "write_batch", "read_batch")
 
@@ -168,12 +182,14 @@ SILENT_FLAGS = ("offline", "merge_from", "write_batch", "read_batch")
 def extract(args) -> int | None:
     """Asks what is not answered yet, writes the records, and prints what became of everything."""
     is_unexplained = args.teacher == "none" and not args.teachers
-    idle = changed_teacher_flags(args)
-    if is_unexplained and idle:
+    changed = changed_teacher_flags(args)
+    if is_unexplained and changed:
         raise InputError(
-            f"{', '.join(idle)} given, but no teacher; expected --teacher endpoint, scripted or "
+            f"{', '.join(changed)} given, but no teacher; expected --teacher endpoint, scripted or "
             "released with it"
         )
+    entries = teacher_entries(args)
+    refuse_idle(args, changed, entries)
     if args.rationale_column and not is_unexplained:
         raise InputError(
             f"--rationale_column is {args.rationale_column!r} beside a teacher, whose rationales "
@@ -188,7 +204,7 @@ def extract(args) -> int | None:
     if is_unexplained:
         print(write_unexplained(examples, args.output_dir))
         return 0
-    return ask(args, examples)
+    return ask(args, examples, entries)
 
 
 def changed_teacher_flags(args) -> list[str]:
@@ -200,7 +216,41 @@ def changed_teacher_flags(args) -> list[str]:
     return [f"--{name}" for name, value in defaults.items() if getattr(args, name) != value]
 
 
-def ask(args, examples: list) -> int:
+def teacher_entries(args) -> list[dict]:
+    """What a --teachers file says of each teacher; without one, nothing of the one teacher that the
+    flags describe."""
+    if not args.teachers:
+        return [{}]
+    from dslt.teacher.panel import read_teachers
+
+    return read_teachers(args.teachers, TEACHER_FIELDS)
+
+
+def refuse_idle(args, changed: Sequence[str], entries: Sequence[dict]) -> None:
+    """Raises InputError where a flag says nothing to any of the teachers, or a field of a
+    --teachers file nothing to its own."""
+    kinds = [entry.get("teacher", args.teacher) for entry in entries]
+    if not set(kinds) <= set(KINDS):
+        return  # `make_teacher` says so
+    check_used(changed, set(kinds), "the command line")
+    for number, (kind, entry) in enumerate(zip(kinds, entries, strict=True)):
+        check_used(entry, {kind}, f"{args.teachers}: teacher {number}")
+
+
+def check_used(names: Iterable[str], kinds: set[str], place: str) -> None:
+    """Raises InputError where none of the kinds of teacher uses one of the names."""
+    users = {name: USED_BY.get(name.removeprefix("--"), KINDS) for name in names}
+    idle = [name for name, used_by in users.items() if kinds.isdisjoint(used_by)]
+    if idle:
+        able = [kind for kind in KINDS if all(kind in users[name] for name in idle)]
+        wanted = f"expected teacher {' or '.join(able)} beside them, or " if able else ""
+        raise InputError(
+            f"{place}: found {', '.join(idle)}, but a {' or '.join(sorted(kinds))} teacher does "
+            f"not use them; {wanted}leave them out"
+        )
+
+
+def ask(args, examples: list, entries: list[dict]) -> int:
     """Asks the teachers what is not answered yet, and writes the records of what they said."""
     from dslt.teacher import extract as extraction
     from dslt.teacher import shards
@@ -214,7 +264,9 @@ def ask(args, examples: list) -> int:
     rows = [
         row for row, e in enumerate(examples) if not args.ask_split or e.split in args.ask_split
     ][: args.limit]
-    teachers = make_teachers(args, examples)
+    teachers = [
+        make_teacher(argparse.Namespace(**vars(args) | entry), examples) for entry in entries
+    ]
     config, filters = ask_config(args), filter_config(args)
     if args.dry_run:
         questions = extraction.plan_all(examples, rows, teachers)
@@ -312,16 +364,6 @@ def say_what_was_found(store) -> None:
         print(f"{store.path}: cut {store.torn_bytes} bytes of a half-written last line")
     if store.in_flight:
         print(f"{len(store.in_flight):,} requests were under way when the last run was killed")
-
-
-def make_teachers(args, examples: list) -> list:
-    """The teachers of the command line, or those of a --teachers file."""
-    if not args.teachers:
-        return [make_teacher(args, examples)]
-    from dslt.teacher.panel import read_teachers
-
-    entries = read_teachers(args.teachers, TEACHER_FIELDS)
-    return [make_teacher(argparse.Namespace(**vars(args) | entry), examples) for entry in entries]
 
 
 def make_teacher(args, examples: list):

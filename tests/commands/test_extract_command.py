@@ -1,5 +1,6 @@
 """`dslt extract` through the command line, against a server on a real socket."""
 
+import argparse
 import csv
 import json
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dslt.commands.extract import TEACHER_FLAGS, USED_BY
 from dslt.main import main
 from dslt.records import Example, read_examples
 from dslt.teacher.prompts import load_prompt, prompt_of
@@ -290,6 +292,56 @@ def test_what_only_a_teacher_needs_is_refused_without_one(tmp_path, capsys, flag
     assert set(named.split(", ")) == names and said.startswith("but no teacher; expected")
     assert not out.exists()
     assert main(["extract", "--dataset", "facts", *sizes]) == 0
+
+
+@pytest.mark.parametrize(
+    ("teacher", "flags", "wanted"),
+    [
+        ("scripted", ["--model", "m", "--temperature", "0.1"], "endpoint"),
+        ("scripted", ["--base_url", "http://127.0.0.1:9/v1", "--concurrency", "2"], "endpoint"),
+        ("scripted", ["--retry_with_hint", "--write_batch", "requests.jsonl"], "endpoint"),
+        ("released", ["--samples", "3"], "scripted or endpoint"),
+        ("released", ["--price_input", "3", "--label", "yes"], "endpoint"),
+        ("released", ["--mistake_rate", "0.3"], "scripted"),
+        ("endpoint", ["--mistake_rate", "0.3", "--wording", "1"], "scripted"),
+        ("released", ["--mistake_rate", "0.3", "--model", "m"], ""),
+    ],
+)
+def test_what_another_kind_of_teacher_needs_is_refused(tmp_path, capsys, teacher, flags, wanted):
+    out = tmp_path / "records"
+    sizes = ["--train", "3", "--validation", "0", "--test", "0", "--output_dir", str(out)]
+    assert main(["extract", "--dataset", "facts", "--teacher", teacher, *flags, *sizes]) == 2
+    said = capsys.readouterr().err.removeprefix("dslt extract: the command line: found ")
+    named, _, said = said.partition(f", but a {teacher} teacher does not use them; ")
+    assert set(named.split(", ")) == {word for word in flags if word.startswith("--")}
+    expected = f"expected teacher {wanted} beside them, or " if wanted else ""
+    assert said == f"{expected}leave them out\n"
+    assert not out.exists()
+
+
+def test_what_one_kind_of_teacher_uses_are_flags():
+    parser = argparse.ArgumentParser()
+    for add_flags in TEACHER_FLAGS:
+        add_flags(parser)
+    assert USED_BY.keys() <= vars(parser.parse_args([])).keys()
+
+
+def test_each_teacher_of_a_file_is_told_what_it_uses(tmp_path, capsys):
+    """A flag is for those that use it; a field of the file is for its own teacher."""
+    path = tmp_path / "teachers.json"
+    sizes = ["--train", "3", "--validation", "0", "--test", "0"]
+    flags = ["--model", "m", "--mistake_rate", "0.5", "--dry_run", *sizes]
+    flags += ["--teachers", str(path), "--output_dir", str(tmp_path / "records")]
+    teachers = [{"teacher": "scripted"}, {"teacher": "endpoint", "temperature": 0.1}]
+    path.write_text(json.dumps(teachers))
+    assert main(["extract", "--dataset", "facts", *flags]) == 0
+    path.write_text(json.dumps([teachers[0]]))
+    assert main(["extract", "--dataset", "facts", *flags]) == 2
+    assert "found --model, but a scripted teacher does not" in capsys.readouterr().err
+    path.write_text(json.dumps([teachers[1], teachers[0] | {"temperature": 0.1}]))
+    assert main(["extract", "--dataset", "facts", *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: teacher 1: found temperature, but a scripted teacher does not" in error
 
 
 def test_what_is_not_asked_about_stays_in_the_records(tmp_path, capsys):
