@@ -403,6 +403,20 @@ def test_a_run_that_cannot_be_started_is_named_and_the_others_go_on(tmp_path, mo
     assert "b: no validation split" in printed.out and "c: no validation split" in printed.out
 
 
+def test_a_failed_run_without_a_log_does_not_stop_the_rest(tmp_path, monkeypatch, capsys):
+    def start_run(args, name, *_):
+        (tmp_path / name).mkdir()
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({name == 'a'})"])
+
+    monkeypatch.setattr(command, "start_run", start_run)
+    assert command.run_all(argparse.Namespace(jobs=1), ["a", "b"], tmp_path) == 1
+    printed = capsys.readouterr()
+    log = tmp_path / "a" / "log.txt"
+    assert f"a: failed with status 1; {log} cannot be read (No such file" in printed.out
+    assert "b: no validation split" in printed.out
+    assert "1 failed: a; the same command tries them again" in printed.err
+
+
 def test_whatever_ends_a_sweep_stops_the_runs_that_it_started(tmp_path, monkeypatch):
     started = []
 

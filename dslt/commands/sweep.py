@@ -333,8 +333,11 @@ def describe(path: Path, status: int) -> str:
     if status == BUSY:
         return f"{path.name}: another process works on it"
     if status:
-        last = (path / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-        tail = "".join(f"\n    {line}" for line in last)
-        return f"{path.name}: failed with status {status}; the end of {path / 'log.txt'}:{tail}"
+        failed, log = f"{path.name}: failed with status {status}", path / "log.txt"
+        try:
+            last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+        except OSError as error:  # somebody took it away
+            return f"{failed}; {log} cannot be read ({error.strerror}): there is no log to show"
+        return f"{failed}; the end of {log}:" + "".join(f"\n    {line}" for line in last)
     row = best_row(read_json_rows(RunDir(path).evaluations))
     return f"{path.name}: " + (describe_row(row) if row else "no validation split to choose by")
