@@ -87,13 +87,15 @@ def judge_run(run, args) -> list[dict]:
     """Judges the checkpoints of a run; returns the rows of evaluations.jsonl."""
     from dslt import config, distributed
     from dslt import evaluate as judge
-    from dslt.data.vocabulary import load_vocabulary
+    from dslt.data.vocabulary import check_embedded, load_vocabulary
 
     configs = config.parse([str(run.config)], args.gin)
     check_overrides(config.find_changes(config.parse([str(run.config)]), configs))
     layout, max_target_length = configs.data.target_layout, configs.data.max_target_length
     eval_config, read_answer = answer_reader(configs.evaluate, layout, max_target_length)
     vocabulary = load_vocabulary(run.vocabulary)
+    # before there is a checkpoint, whose model is always the config's
+    check_embedded(vocabulary, run.vocabulary, configs.model.vocab_size, run.path)
     examples = open_examples(run, configs.data, eval_config.splits, vocabulary)
     for warning in warn_of_labels(examples, eval_config, vocabulary):
         print(warning)

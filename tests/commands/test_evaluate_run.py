@@ -8,6 +8,7 @@ import pytest
 
 from dslt import evaluate as judging
 from dslt.checkpoint.manager import CheckpointManager, finished_steps
+from dslt.data.vocabulary import SENTENCEPIECE_FILE, train_sentencepiece
 from dslt.main import main
 from dslt.records import read_examples, read_predictions
 from dslt.workdir import RunDir, read_json, read_json_rows, write_json_rows
@@ -76,6 +77,21 @@ def test_a_step_that_was_judged_on_test_alone_is_judged_on_validation_too(run, t
     assert finished_steps(copy.best) == finished_steps(run.best)
     rows = read_json_rows(copy.evaluations)
     assert [row | {"secs": 0} for row in rows] == [row | {"secs": 0} for row in before]
+
+
+def test_a_student_with_fewer_embeddings_than_its_vocabulary_has_ids_is_not_judged(
+    run, tmp_path, capsys
+):
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
+    texts = [f"{n} {n * n} {n**3}" for n in range(1000)]
+    size = train_sentencepiece(texts, 600, copy.vocabulary / SENTENCEPIECE_FILE).size
+    before = copy.evaluations.read_bytes()
+    assert main(["evaluate", "--run_dir", str(copy.path), "--step", "6"]) == 2
+    captured = capsys.readouterr()
+    assert f"vocabulary '{copy.vocabulary}' has {size} ids, but {copy.path} embeds 512" in (
+        captured.err
+    )
+    assert not captured.out and copy.evaluations.read_bytes() == before
 
 
 def test_what_is_known_of_splits_that_are_not_judged_again_stays(run, tmp_path, capsys):
