@@ -8,7 +8,7 @@
 
 What is refused: 408 a body that does not come whole in time, 413 a body or a list that is too long,
 422 an input that is (none is cut), 503 with Retry-After what finds the queue full or the student
-not ready.
+not ready, and what has no answer yet when the time to stop is over.
 """
 
 import asyncio
@@ -35,6 +35,7 @@ from dslt.serve_engine import Engine, Overloaded
 PAGE = Path(__file__).with_name("serve_page.html")
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
 MAX_KEY = 100  # characters of a key that an answer repeats
+LEAVE_SECS = 1  # for answers to leave that were given at the last moment
 
 
 class PredictRequest(pydantic.BaseModel):
@@ -71,7 +72,8 @@ def make_app(engine: Engine, title: str) -> fastapi.FastAPI:
     async def lifespan(app):
         engine.start()
         yield
-        await asyncio.to_thread(engine.stop)
+        if not app.state.cut_off:  # else what is being decoded is for nobody
+            await asyncio.to_thread(engine.stop)
 
     app = fastapi.FastAPI(
         title=f"dslt: {title}",
@@ -82,7 +84,8 @@ def make_app(engine: Engine, title: str) -> fastapi.FastAPI:
         exception_handlers={RequestValidationError: _refuse_malformed},
     )
     app.state.bodies = set()  # the time limits of those that are on their way
-    app.add_middleware(_Gate, engine=engine, bodies=app.state.bodies)
+    app.state.cut_off = []  # the paths of requests that got no answer
+    app.add_middleware(_Gate, engine=engine, bodies=app.state.bodies, cut_off=app.state.cut_off)
     page, headers = _read_page(title)
 
     @app.post("/predict", response_model_exclude_none=True)
@@ -129,41 +132,57 @@ def serve(app: fastapi.FastAPI, host: str, port: int, stop_secs: int) -> None:
 
     Raises:
       OSError: the address is taken, or is not one of this machine's.
+      Interrupted: not all had an answer `stop_secs` after the signal; the others were cut off.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family, backlog=1024)
     shown = f"[{host}]" if ":" in host else host
     print(f"listening on http://{shown}:{listening.getsockname()[1]}", flush=True)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=stop_secs
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=stop_secs + LEAVE_SECS
     )
-    with signals.deferred():  # uvicorn hears of a signal, ends in order, and raises it again
-        _Server(config).run(sockets=[listening])
+    with signals.deferred() as stop:  # uvicorn hears of one, ends in order, and raises it again
+        _Server(config, stop_secs).run(sockets=[listening])
+    if count := len(app.state.cut_off):
+        raise signals.Interrupted(
+            f"{stop.name}; requests that had no answer in time, {stop_secs} s at most, and were "
+            f"cut off with 503: {count}"
+        )
 
 
 class _Server(uvicorn.Server):
-    """Told to stop, it waits for no body that is still on its way."""
+    """Told to stop, it waits for no body that is still on its way, and so long for answers."""
+
+    def __init__(self, config: uvicorn.Config, stop_secs: int):
+        super().__init__(config)
+        self._stop_secs = stop_secs
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for limit in self.config.app.state.bodies:
             if not limit.expired():
                 limit.reschedule(0)
+        # Before uvicorn does it, which says so in words of its own.
+        asyncio.get_running_loop().call_later(self._stop_secs, self._cut_off)
         await super().shutdown(sockets)
+
+    def _cut_off(self) -> None:
+        for task in self.server_state.tasks:
+            task.cancel()
 
 
 class _Gate:
-    """ASGI middleware: bounds the body of a request and the time that it takes to come, and counts
-    and times those to /predict."""
+    """ASGI middleware: bounds the body of a request and the time that it takes to come, answers one
+    that is cut off, and counts and times those to /predict."""
 
-    def __init__(self, app, engine: Engine, bodies: set[asyncio.Timeout]):
-        self._app, self._engine, self._bodies = app, engine, bodies
+    def __init__(self, app, engine: Engine, bodies: set[asyncio.Timeout], cut_off: list[str]):
+        self._app, self._engine, self._bodies, self._cut_off = app, engine, bodies, cut_off
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started_secs, max_bytes, received = time.perf_counter(), self._engine.config.max_bytes, 0
-        body_secs, is_whole = self._engine.config.body_secs, False
+        body_secs, is_whole, is_answered = self._engine.config.body_secs, False, False
         deadline = asyncio.get_running_loop().time() + body_secs
 
         async def receive_bounded():
@@ -193,6 +212,8 @@ class _Gate:
             return message
 
         async def send_counted(message):
+            nonlocal is_answered
+            is_answered = True
             if scope["path"] == "/predict" and message["type"] == "http.response.start":
                 self._engine.metrics.requests.labels(str(message["status"])).inc()
                 if message["status"] == 200:
@@ -200,7 +221,14 @@ class _Gate:
                     self._engine.metrics.request_secs.observe(secs)
             await send(message)
 
-        await self._app(scope, receive_bounded, send_counted)
+        try:
+            await self._app(scope, receive_bounded, send_counted)
+        except asyncio.CancelledError:  # by `_Server`, or at a second signal by the event loop
+            self._cut_off.append(scope["path"])
+            if not is_answered:
+                detail = "the server was told to stop before there was an answer"
+                response = JSONResponse({"detail": detail}, 503, RETRY_AFTER)
+                await response(scope, receive, send_counted)
 
 
 async def _refuse_malformed(request, error: RequestValidationError) -> Response:

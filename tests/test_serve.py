@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,31 @@ from dslt.data.vocabulary import ByteVocabulary  # noqa: E402
 from dslt.main import main  # noqa: E402
 from dslt.serve import _Gate  # noqa: E402
 from dslt.serve_engine import ServeConfig  # noqa: E402
+from dslt.signals import INTERRUPTED  # noqa: E402
 from dslt.workdir import StudentFormat  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+SLOW_SECS, STOP_SECS = 60, 1
+# `dslt serve` of a student whose every text takes longer than there is time to stop.
+SLOW = f"""
+import dataclasses, sys, time
+from dslt import main, serve_engine
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig(serve_engine.ServeConfig):
+    stop_secs: int = {STOP_SECS}
+
+class Engine(serve_engine.Engine):
+    def _result(self, work, tokens):
+        print("decoding", flush=True)
+        time.sleep({SLOW_SECS})
+        return super()._result(work, tokens)
+
+serve_engine.ServeConfig, serve_engine.Engine = ServeConfig, Engine
+sys.exit(main.main())
+"""
 LENGTHS = ["--max_label_length", "8", "--max_rationale_length", "24"]
 
 
@@ -62,10 +83,10 @@ def student(tmp_path_factory) -> Path:
 
 
 class Server:
-    """A `dslt serve` of its own."""
+    """A `dslt serve` of its own; `program` is what Python runs."""
 
-    def __init__(self, student: Path, *flags: str):
-        command = [sys.executable, "-m", "dslt.main", "serve", "--student", str(student)]
+    def __init__(self, student: Path, *flags: str, program: Sequence[str] = ("-m", "dslt.main")):
+        command = [sys.executable, *program, "serve", "--student", str(student)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         environment["GLIBC_TUNABLES"] = environment.get("GLIBC_TUNABLES", "")  # start once
         self.process = subprocess.Popen(
@@ -240,7 +261,7 @@ def test_a_body_that_does_not_come_whole_is_waited_for_so_long_alone():
 
     engine = types.SimpleNamespace(config=ServeConfig(body_secs=0.1))
     bodies = set()
-    gate = _Gate(read_body, engine, bodies)
+    gate = _Gate(read_body, engine, bodies, [])
     scope = {"type": "http", "path": "/predict"}
     part, end = (
         {"type": "http.request", "body": b"{", "more_body": more} for more in (True, False)
@@ -316,6 +337,30 @@ def test_sigterm_answers_what_has_come_and_ends_well(student):
     assert "Traceback" not in output
     with pytest.raises(ConnectionRefusedError):
         server.request("GET", "/health")
+
+
+def test_what_takes_longer_than_the_time_to_stop_is_cut_off_and_counted(student):
+    """One that is being decoded, and one that waits for it; whoever asked is told so."""
+    server = Server(student, program=("-c", SLOW))
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.process.kill)
+        server.wait_until_ready()
+        with concurrent.futures.ThreadPoolExecutor(2) as clients:
+            asked = [clients.submit(server.predict, "decoded", rationales=True)]
+            while "decoding" not in server.process.stdout.readline():
+                pass
+            asked.append(clients.submit(server.predict, "waits"))
+            while b"dslt_waiting 1.0" not in server.request("GET", "/metrics")[2]:
+                time.sleep(0.01)
+            server.process.send_signal(signal.SIGTERM)
+            started_secs = time.monotonic()
+            assert server.wait() == INTERRUPTED
+            assert STOP_SECS <= time.monotonic() - started_secs < SLOW_SECS / 2
+            for status, found in (future.result() for future in asked):
+                assert (status, found["detail"][:25]) == (503, "the server was told to st")
+    last = "".join(server.output[-1:])
+    assert last.startswith("dslt serve: stopped on SIGTERM; ") and last.endswith("with 503: 2\n")
+    assert len(server.output) == 2  # the other is where it listens
 
 
 @pytest.mark.parametrize(
