@@ -15,6 +15,10 @@ An object store has no rename: files appear one after the other. So `_MIRROR` is
 checkpoint without it, or with a file that is not as it says, is not there. Trainer and evaluator
 may be on two machines; each writes files of its own. What a reader waits for (run.json and
 evaluations.jsonl) is sent after what it speaks of.
+
+Beside an evaluator's mirror, on this machine alone, lies `sent.jsonl`: the rows of its
+evaluations.jsonl that the bucket has had. A step may be judged again, here or elsewhere; a row of
+this machine that is not among them is newer than the bucket's.
 """
 
 import contextlib
@@ -48,6 +52,7 @@ SYNC_SECS = 10.0  # between looks at what is new, here and in the bucket
 IDENTITY = "mirror.json"
 MARKER = "_MIRROR"
 SCRATCH = "scratch-"
+SENT = "sent.jsonl"
 
 TRAIN, EVALUATE = "train", "evaluate"
 _OF_EVALUATION = ("evaluations", "evaluations.jsonl", "best")
@@ -286,9 +291,13 @@ class Mirror:
         is_new = self._sent.get(directory) != steps
         are_sent = is_new and self._push_checkpoints(directory, steps)
         if content is not None and self.role == EVALUATE:  # another machine may judge too
-            rows = merge_rows(self.bucket.evaluations(), parse_json_rows(content, last))
-            content = format_json_rows(rows).encode()
-        if content is not None:
+            own = parse_json_rows(content, last)
+            unsent = unsent_rows(self.path, own)
+            rows = merge_rows(own, self.bucket.evaluations(), unsent)
+            self._write(last.name, format_json_rows(rows).encode())
+            if unsent:
+                write_json_rows(self.path.with_name(SENT), own)
+        elif content is not None:
             self._write(last.name, content)
         if are_sent and steps:
             self._remove_checkpoints(directory, steps)
@@ -448,27 +457,39 @@ def pull_training(bucket: RunBucket, identity: dict, path: Path) -> None:
 
 
 def pull_evaluations(bucket: RunBucket, path: Path) -> None:
-    """Makes what was judged as it is in the bucket, but for steps judged here and not sent."""
+    """Makes what was judged as it is in the bucket, but for what was judged here and not sent."""
     listing, there = bucket.find(), bucket.evaluations()
     own = read_json_rows(path / "evaluations.jsonl")
-    rows = merge_rows(own, there)
-    unsent = [row for row in rows if row not in there]
+    unsent = unsent_rows(path, own)
+    rows = merge_rows(own, there, unsent)
     names = [name for name in listing if name.startswith("evaluations/")]
-    steps = {str(row["step"]) for row in there}
+    steps = {str(row["step"]) for row in there if row in rows}
     bucket.get_all({name: path / name for name in names if name.split("/")[1] in steps})
-    if best_row(rows) not in unsent:  # else best/ holds it already
-        found = bucket.checkpoints("best", listing)
+    best, found = best_row(rows), bucket.checkpoints("best", listing)
+    is_here_alone = best and best["step"] in local_steps(path / "best").keys() - found.keys()
+    if best is None or (best in there and not is_here_alone):  # else best/ holds it already
         for step, sizes in found.items():
             with contextlib.suppress(FileNotFoundError):  # a better one has replaced it meanwhile
                 pull_checkpoint(bucket, path, "best", step, sizes)
         remove_steps(path / "best", keep=found.keys())
     if rows != own:
         write_json_rows(path / "evaluations.jsonl", rows)
+    # last: were it before and a kill between, older rows would seem to be new
+    write_json_rows(path.with_name(SENT), [row for row in rows if row not in unsent])
 
 
-def merge_rows(rows: list[dict], others: list[dict]) -> list[dict]:
-    """A row each step, ascending; `others` count where both have a step."""
-    by_step = {row["step"]: row for row in [*rows, *others]}
+def unsent_rows(path: Path, own: list[dict]) -> list[dict]:
+    """Those of the rows of a mirror's evaluations.jsonl that its bucket has not had; without a word
+    on that, none.
+    """
+    sent = path.with_name(SENT)
+    known = read_json_rows(sent) if sent.exists() else own
+    return [row for row in own if row not in known]
+
+
+def merge_rows(*lists: list[dict]) -> list[dict]:
+    """A row each step, ascending; that of the last list where several have a step."""
+    by_step = {row["step"]: row for rows in lists for row in rows}
     return [by_step[step] for step in sorted(by_step)]
 
 

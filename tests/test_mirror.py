@@ -14,6 +14,7 @@ from dslt import mirror
 from dslt.bucket import is_url
 from dslt.errors import InputError
 from dslt.mirror import IDENTITY, MARKER, RunBucket, evaluating, pull_student, training
+from dslt.workdir import read_json_rows, write_json_rows
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed (extra `remote`)")
 memory = pytest.importorskip("fsspec.implementations.memory")
@@ -350,22 +351,29 @@ def test_an_evaluator_gets_parameters_and_writes_its_own_files_alone(url, machin
     }
 
 
+def save_best(path, step: int) -> None:
+    shutil.rmtree(path / "best", ignore_errors=True)
+    save(path, step, "best")
+
+
 def judge(path, step: int, accuracy: float, is_best: bool = False) -> None:
     """What `dslt evaluate` leaves of a step, its row last."""
     if is_best:
-        old = list((path / "best").glob("*"))
-        save(path, step, "best")
-        for directory in old:
-            shutil.rmtree(directory)
+        save_best(path, step)
     predictions = path / "evaluations" / str(step) / "predictions.jsonl"
-    predictions.parent.mkdir(parents=True)
+    predictions.parent.mkdir(parents=True, exist_ok=True)
     predictions.write_text(f"{accuracy}\n")
-    with (path / "evaluations.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "validation/accuracy": accuracy}) + "\n")
+    rows = [row for row in read_json_rows(path / "evaluations.jsonl") if row["step"] != step]
+    rows.append({"step": step, "validation/accuracy": accuracy})
+    write_json_rows(path / "evaluations.jsonl", rows)
 
 
 def judged_in(url: str) -> dict[int, float]:
     return {row["step"]: row["validation/accuracy"] for row in RunBucket(url).evaluations()}
+
+
+def refuse(verb, name):
+    raise ConnectionError("the network is down")
 
 
 def test_evaluations_that_could_not_be_sent_are_sent_the_next_time(url, machine, monkeypatch):
@@ -373,10 +381,6 @@ def test_evaluations_that_could_not_be_sent_are_sent_the_next_time(url, machine,
         pass
     with evaluating(url) as path:
         judge(path, 2, 0.2)
-
-    def refuse(verb, name):
-        raise ConnectionError("the network is down")
-
     with pytest.raises(InputError, match="the same command"), evaluating(url) as path:
         judge(path, 4, 0.4, is_best=True)
         fail(monkeypatch, refuse)
@@ -388,6 +392,49 @@ def test_evaluations_that_could_not_be_sent_are_sent_the_next_time(url, machine,
     with evaluating(url):
         pass
     assert judged_in(url) == {2: 0.2, 4: 0.4, 6: 0.1} and steps_in(url, "best") == [4]
+
+
+@pytest.mark.parametrize(("again", "best"), [(0.1, 4), (0.5, 2)])
+def test_a_step_judged_again_that_could_not_be_sent_counts(again, best, url, machine, monkeypatch):
+    """The bucket's row and predictions of it are older, and its best may be another now."""
+    with training(url):
+        pass
+    with evaluating(url) as path:
+        judge(path, 2, 0.4, is_best=True)
+        judge(path, 4, 0.3)
+    with pytest.raises(InputError, match="the same command"), evaluating(url) as path:
+        judge(path, 2, again)
+        save_best(path, best)
+        fail(monkeypatch, refuse)
+    kept = content(path, "best")
+    fail(monkeypatch, lambda verb, name: None)
+    with evaluating(url):
+        assert content(path, "best") == kept
+    assert judged_in(url) == {2: again, 4: 0.3} and steps_in(url, "best") == [best]
+    assert RunBucket(url).read("evaluations/2/predictions.jsonl") == f"{again}\n".encode()
+
+
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_a_step_that_another_machine_judged_again_counts(is_marked, url, machine):
+    """Over what this one had sent before, at its end and its start; so where nothing is known."""
+    with training(url):
+        pass
+    with evaluating(url) as path:
+        judge(path, 2, 0.2)
+    with evaluating(url) as path:
+        judge(path, 4, 0.4)
+        machine("second")
+        with evaluating(url) as other:
+            judge(other, 2, 0.3)
+    assert judged_in(url) == {2: 0.3, 4: 0.4}
+    machine("first")
+    if not is_marked:
+        path.with_name(mirror.SENT).unlink()
+    with evaluating(url):
+        assert [
+            row["validation/accuracy"] for row in read_json_rows(path / "evaluations.jsonl")
+        ] == [0.3, 0.4]
+    assert judged_in(url) == {2: 0.3, 4: 0.4}
 
 
 def test_a_machine_that_comes_back_takes_the_best_from_the_bucket(url, machine):
