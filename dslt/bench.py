@@ -266,8 +266,10 @@ def _bench_decoding(
 ) -> Iterator[tuple[str, dict]]:
     """Greedy decoding of all inputs, and the reference's beside it."""
     name, inputs, rows, max_length, start_id = job
-    decoder = ContinuousDecoder(step.graphdef, step.mesh, rows)
-    prepared = decoder.prepare(step.params)
+    mesh = sharding.decoding_mesh(step.mesh, step.model_config.num_heads)
+    decoder = ContinuousDecoder(step.graphdef, mesh, rows)
+    where = sharding.state_shardings(mesh, step.params)
+    prepared = decoder.prepare(jax.device_put(step.params, where))
 
     def ours():
         return decoder(

@@ -120,8 +120,9 @@ class Decoder:
     def __init__(self, path: Path, mesh_config: MeshConfig, rows: int):
         """`path` is a run, a checkpoint or a Hugging Face directory; `rows` decode at a time."""
         distributed.check_joined()
-        self.mesh = sharding.local_mesh(sharding.make_mesh(mesh_config))
-        self.config, graphdef, self.params = student.load_to_host(path, self.mesh)
+        whole = sharding.make_mesh(mesh_config)
+        self.config, graphdef, self.params = student.load_to_host(path, whole)
+        self.mesh = sharding.decoding_mesh(whole, self.config.num_heads)
         self._continuous = ContinuousDecoder(graphdef, self.mesh, rows)
         self._place_params()
 

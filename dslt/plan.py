@@ -18,8 +18,8 @@ import jax
 
 from dslt.core import attention, flops, hlo, sharding, t5
 from dslt.core.batch import Batch, empty_batch
-from dslt.core.continuous import kept_length, prepare
-from dslt.core.decode import decode_batch
+from dslt.core.continuous import ContinuousDecoder, kept_length, prepare, slot_shardings
+from dslt.core.decode import encode_sources, start_empty
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
@@ -27,7 +27,6 @@ from dslt.core.topology import (
     GIB,
     Topology,
     compile_devices,
-    compiler_options,
     one_host,
 )
 from dslt.errors import InputError
@@ -228,63 +227,92 @@ def plan_training(
 def plan_decoding(
     run: Run, topology: Topology, quick: bool = False, hbm_bytes: int | None = None
 ) -> DecodePlan:
-    """Compiles the decode loop that `dslt evaluate` would run on its longest inputs.
+    """Compiles what `dslt evaluate` would decode its longest inputs with.
 
     Of several hosts each holds the whole student and decodes rows of its own, as
-    `evaluate.Decoder` has it, so this is a program of one host's chips.
+    `evaluate.Decoder` has it, so these are programs of one host's chips.
     """
     host = one_host(topology)  # a slice of its own: libtpu compiles for whole ones
     whole = sharding.make_mesh(run.mesh, compile_devices(topology))
-    mesh = sharding.local_mesh(whole, compile_devices(host))
-    multiple = sharding.row_multiple(mesh)
-    rows = -(-run.evaluate.rows // multiple) * multiple
+    mesh = sharding.decoding_mesh(whole, run.model.num_heads, compile_devices(host))
     source_length = kept_length(run.max_input_length)
     max_length = run.evaluate.max_label_length
     if run.evaluate.with_rationales:
         max_length = max(max_length, run.evaluate.max_rationale_length)
-
     graphdef, params = t5.abstract_params(run.model)
+    decoder = ContinuousDecoder(graphdef, mesh, run.evaluate.rows)
     params = jax.eval_shape(partial(t5.narrow_matrices, dtype=run.model.dtype), params)
-    params = sharding.with_shardings(mesh, params)
-    prepared = jax.jit(partial(prepare, graphdef=graphdef))
-    with sharding.inside(mesh):
-        placed = prepared.lower(params).compile()
-    prepared = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        jax.eval_shape(prepared, params),
-        placed.output_shardings,
+    compile_one = partial(_compile, topology=host, mesh=mesh, quick=quick, hbm_bytes=hbm_bytes)
+    memory = _decoding_memory(
+        decoder, graphdef, params, run.evaluate.decoding(), source_length, max_length, compile_one
     )
-    tokens = jax.ShapeDtypeStruct(
-        (rows, source_length), "int32", sharding=sharding.batch_sharding(mesh)
-    )
-    decode = jax.jit(
-        partial(decode_batch, graphdef=graphdef, config=run.evaluate.decoding()),
-        static_argnames=("max_length",),
-        compiler_options=compiler_options(mesh.devices.flat[0]),
-    )
-    with sharding.inside(mesh):
-        lowered = decode.lower(prepared, tokens, max_length=max_length)
-    kinds = {
-        "parameters": _bytes_a_chip(prepared),
-        "KV cache": cache_bytes(run.model, rows * run.evaluate.beams, max_length) // multiple,
-        "cross keys and values": cache_bytes(run.model, rows, source_length) // multiple,
-    }
-    _, memory = _compile(lowered, kinds, host, mesh, quick, hbm_bytes)
     return DecodePlan(
         num_chips=mesh.size,
-        rows=rows,
+        rows=decoder.rows,
         source_length=source_length,
         max_length=max_length,
         memory=memory,
-        model_flops=flops.decode_flops(run.model, rows * source_length, rows * max_length),
+        model_flops=flops.decode_flops(
+            run.model, decoder.rows * source_length, decoder.rows * max_length
+        ),
     )
 
 
-def cache_bytes(config: T5Config, rows: int, length: int) -> int:
-    """Of the decoder's keys and values over `length` positions of all rows, on all chips."""
-    width = 2 if config.dtype == "bfloat16" else 4
-    per_position = 2 * config.num_decoder_layers * config.num_heads * config.d_kv * width
-    return rows * length * per_position
+def _decoding_memory(
+    decoder, graphdef, params, config, source_length: int, max_length: int, compile_one
+) -> Memory:
+    """Of one chip, at the largest of three moments.
+
+    When parameters are prepared they are there twice; later slots are there while inputs are
+    encoded, and encoded inputs wait while slots take steps.
+    """
+    mesh = decoder.mesh
+    rows = decoder.num_encoded(decoder.rows)
+    tokens, numbers = (
+        jax.ShapeDtypeStruct(shape, "int32", sharding=sharding.batch_sharding(mesh))
+        for shape in ((rows, source_length), (rows,))
+    )
+    lengths = dict(cache_length=max_length, max_length=max_length)
+
+    def start(sources):
+        return start_empty(sources, decoder.rows, config, **lengths)
+
+    with sharding.inside(mesh):
+        preparing = jax.jit(partial(prepare, graphdef=graphdef))
+        narrow = sharding.with_shardings(mesh, params)
+        lowered = [preparing.lower(narrow)]
+        placed = lowered[0].compile().output_shardings
+        params = jax.tree.map(_placed, jax.eval_shape(preparing, narrow), placed)
+        encode = partial(encode_sources, graphdef=graphdef)
+        sources = jax.eval_shape(encode, params, tokens, numbers, numbers)
+        slots = jax.eval_shape(start, sources)
+        where = slot_shardings(mesh)
+        sources = jax.tree.map(_placed, sources, jax.tree.broadcast(where.sources, sources))
+        slots = jax.tree.map(_placed, slots, jax.tree.broadcast(where, slots))
+        inputs = tokens, numbers, numbers, None
+        lowered.append(decoder.encode.lower(params, *inputs, graphdef=graphdef))
+        lowered.append(decoder.run.lower(params, slots, 0, graphdef=graphdef, config=config))
+    alive = [
+        sum(map(_bytes_a_chip, trees))
+        for trees in ([narrow], [params, slots], [params, slots, sources])
+    ]
+    kinds = {
+        "parameters": _bytes_a_chip(params),
+        "KV cache": _bytes_a_chip(slots.self_cache),
+        "cross keys and values": _bytes_a_chip(slots.sources.cross),
+    }
+    peak = 0
+    for program, size in zip(lowered, alive, strict=True):
+        compiled, memory = compile_one(program, kinds)
+        if not compiled:
+            return memory
+        used = compiled.memory_analysis().argument_size_in_bytes
+        peak = max(peak, size + hlo.peak_bytes(compiled) - used)
+    return Memory(kinds, max(peak, sum(kinds.values())), memory.available)
+
+
+def _placed(leaf, where) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _abstract_batch(rows: int, shape: BatchShape, mesh) -> Batch:

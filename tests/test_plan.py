@@ -102,10 +102,11 @@ def test_rows_are_padded_as_in_training():
 
 def test_decoding_counts_its_cache():
     found = plan.plan_decoding(RUN, CPU)
-    assert (found.rows, found.source_length, found.max_length) == (16, 48, 8)
-    a_position = 2 * 3 * 4 * 8 * 4  # keys and values, layers, heads, head dimension, float32
-    assert found.memory.kinds["KV cache"] == 2 * 8 * a_position
-    assert found.memory.kinds["cross keys and values"] == 2 * 48 * a_position
+    assert (found.rows, found.source_length, found.max_length) == (14, 48, 8)
+    # Half of the rows and one of four heads a device: what split parameters splits heads.
+    a_position = 2 * 3 * 1 * 8 * 4  # keys and values, layers, heads, head dimension, float32
+    assert found.memory.kinds["KV cache"] == 7 * 8 * a_position
+    assert found.memory.kinds["cross keys and values"] == 7 * 48 * a_position
     assert found.memory.fits()
     longer = dataclasses.replace(RUN.evaluate, with_rationales=True, max_rationale_length=16)
     assert plan.plan_decoding(dataclasses.replace(RUN, evaluate=longer), CPU).max_length == 16

@@ -35,30 +35,66 @@ def prepare(params: dict, *, graphdef: nnx.GraphDef) -> dict:
     return t5.unstack_layers(t5.narrow_matrices(params, nnx.merge(graphdef, params).config.dtype))
 
 
+def slot_shardings(mesh: jax.sharding.Mesh) -> Slots:
+    """Where slots lie; each stands for all arrays of its field."""
+    rows, heads = sharding.batch_sharding(mesh), sharding.heads_sharding(mesh)
+    sources = Sources(cross=heads, mask=rows, numbers=rows, start_ids=rows, answers=rows)
+    return Slots(
+        step=sharding.replicated(mesh),
+        sources=sources,
+        self_cache=heads,
+        can_see=rows,
+        lengths=rows,
+        is_live=rows,
+        newest=rows,
+        tokens=rows,
+        beams=rows,
+    )
+
+
 class ContinuousDecoder:
-    """Keeps the compiled programs of one model on one mesh."""
+    """Keeps the compiled programs of one model on one mesh.
+
+    Attributes:
+      encode, run: those of decode.py which a device must have room for.
+    """
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, rows: int):
-        """`rows` decode at a time, rounded up to what the mesh divides."""
+        """`rows` decode at a time, rounded up to what the mesh divides.
+
+        `mesh` is a `sharding.decoding_mesh`, or another whose tensor axis divides the heads.
+        """
         self.mesh = mesh
         self.multiple = sharding.row_multiple(mesh)
         self.rows = _round_up(rows, self.multiple)
         options = topology.compiler_options(mesh.devices.flat[0])
         jit = functools.partial(jax.jit, compiler_options=options)
+        placed = slot_shardings(mesh)
+        of_slots = functools.partial(jit, out_shardings=placed)
         self._prepare = jit(prepare, static_argnames="graphdef")
-        self._encode = jit(decode.encode_sources, static_argnames="graphdef")
-        self._start = jit(decode.start, static_argnames=("config", "cache_length", "max_length"))
-        self._run = jit(decode.run, static_argnames=("graphdef", "config"), donate_argnames="slots")
-        self._refill = jit(decode.refill, donate_argnames="slots")
-        self._keep_rows = jit(decode.keep_rows)
-        self._resize_cache = jit(decode.resize_cache, static_argnames="cache_length")
-        self._widen_sources = jit(decode.widen_sources, static_argnames="source_length")
+        self.encode = jit(
+            decode.encode_sources, static_argnames="graphdef", out_shardings=placed.sources
+        )
+        self._start = of_slots(
+            decode.start_empty, static_argnames=("rows", "config", "cache_length", "max_length")
+        )
+        self.run = of_slots(
+            decode.run, static_argnames=("graphdef", "config"), donate_argnames="slots"
+        )
+        self._refill = of_slots(decode.refill, donate_argnames="slots")
+        self._keep_rows = of_slots(decode.keep_rows)
+        self._resize_cache = of_slots(decode.resize_cache, static_argnames="cache_length")
+        self._widen_sources = of_slots(decode.widen_sources, static_argnames="source_length")
         self._score = jit(score_answers, static_argnames="graphdef")
         self._graphdef = graphdef
 
     def prepare(self, params: dict) -> dict:
         """Done once for all inputs: a slice or a rounding at every call would be a copy."""
         return self._prepare(params, graphdef=self._graphdef)
+
+    def num_encoded(self, rows: int) -> int:
+        """Inputs that are encoded at a time, to fill `rows` slots."""
+        return min(rows, _round_up(-(-rows // ENCODED_SHARE), self.multiple))
 
     def __call__(
         self,
@@ -133,7 +169,7 @@ class ContinuousDecoder:
         # Shortest first: then the slots' sources grow in length, and never shrink.
         waiting = sorted(range(len(inputs)), key=lambda i: len(inputs[i]), reverse=True)
         rows = min(self.rows, _round_up(max(len(inputs), 1), self.multiple))
-        num_encoded = min(rows, _round_up(-(-rows // ENCODED_SHARE), self.multiple))
+        num_encoded = self.num_encoded(rows)
         index_of_slot = np.full(rows, -1)
         encoded: list[int] = []  # indices of the inputs that wait in `sources`
         slots = None
@@ -163,7 +199,7 @@ class ContinuousDecoder:
                     rows = fewer
                     continue
                 stop_at = fewer if fewer < rows else 0
-            slots = self._run(params, slots, stop_at, graphdef=self._graphdef, config=config)
+            slots = self.run(params, slots, stop_at, graphdef=self._graphdef, config=config)
             is_live, lengths, tokens = jax.device_get(
                 (slots.is_live, slots.lengths, decode.decoded_tokens(slots))
             )
@@ -192,16 +228,15 @@ class ContinuousDecoder:
         placed = jax.device_put(
             (tokens, padded, start_ids, allowed), sharding.batch_sharding(self.mesh)
         )
-        return self._encode(params, *placed, graphdef=self._graphdef)
+        return self.encode(params, *placed, graphdef=self._graphdef)
 
     def _fit(self, slots: Slots | None, sources: Sources, rows, config, max_length) -> Slots:
         """Slots, made if there are none yet, that have room for `sources`."""
         length = kept_length(sources.mask.shape[1])
         if slots is None:
-            empty = jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), sources)
-            empty = jax.device_put(empty, sharding.batch_sharding(self.mesh))
             slots = self._start(
-                empty,
+                sources,
+                rows=rows,
                 config=config,
                 cache_length=min(SHORTEST, max_length),
                 max_length=max_length,

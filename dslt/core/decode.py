@@ -21,7 +21,6 @@ from dslt.core import beam_search, t5
 from dslt.core.batch import EOS_ID, PAD_ID
 from dslt.core.beam_search import Beams
 from dslt.core.choose import choose_answer_token, most_likely, sample
-from dslt.core.sharding import split_rows
 from dslt.core.t5 import LayerCache
 from dslt.errors import InputError
 
@@ -178,7 +177,7 @@ def encode_sources(
     mask = input_tokens != PAD_ID
     encoded = model.encode(input_tokens, mask.astype(jnp.int32))
     cross = model.cross_keys_values(encoded, layers)
-    return jax.tree.map(split_rows, Sources(cross, mask, numbers, start_ids, answers))
+    return Sources(cross, mask, numbers, start_ids, answers)
 
 
 def start(sources: Sources, config: DecodeConfig, *, cache_length: int, max_length: int) -> Slots:
@@ -192,8 +191,8 @@ def start(sources: Sources, config: DecodeConfig, *, cache_length: int, max_leng
     beams = config.beams
     empty = jnp.zeros((rows, heads, cache_length * beams, head_dim), sources.cross[0][0].dtype)
     tokens = jnp.full((rows, beams, max_length), PAD_ID, jnp.int32)
-    slots = Slots(
-        step=None,
+    return Slots(
+        step=jnp.zeros((), jnp.int32),
         sources=sources,
         self_cache=[(empty, empty) for _ in sources.cross],
         can_see=jnp.zeros((rows, beams, cache_length, beams), bool),
@@ -203,7 +202,14 @@ def start(sources: Sources, config: DecodeConfig, *, cache_length: int, max_leng
         tokens=tokens,
         beams=beam_search.start(tokens) if config.strategy == "beam" else None,
     )
-    return jax.tree.map(split_rows, slots)._replace(step=jnp.zeros((), jnp.int32))
+
+
+def start_empty(
+    sources: Sources, rows: int, config: DecodeConfig, *, cache_length: int, max_length: int
+) -> Slots:
+    """So many free slots for sources like these."""
+    empty = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), sources)
+    return start(empty, config, cache_length=cache_length, max_length=max_length)
 
 
 def run(
@@ -283,7 +289,7 @@ def refill(
 def keep_rows(slots: Slots, kept: jax.Array) -> Slots:
     """The slots `kept` [R] int32 alone, in this order."""
     rows = slots._replace(step=None)
-    rows = jax.tree.map(lambda array: split_rows(jnp.take(array, kept, axis=0)), rows)
+    rows = jax.tree.map(lambda array: jnp.take(array, kept, axis=0), rows)
     return rows._replace(step=slots.step)
 
 

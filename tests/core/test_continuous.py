@@ -2,17 +2,24 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from dslt.core import continuous, sharding, t5
+from dslt.core import continuous, hlo, sharding, t5
 from dslt.core.answers import score_answers
 from dslt.core.batch import EOS_ID, PAD_ID
-from dslt.core.continuous import ContinuousDecoder, kept_length, pad_answers, pad_rows
-from dslt.core.decode import DecodeConfig, decode_batch
+from dslt.core.continuous import (
+    ContinuousDecoder,
+    kept_length,
+    pad_answers,
+    pad_rows,
+    slot_shardings,
+)
+from dslt.core.decode import DecodeConfig, decode_batch, start
 from dslt.core.sharding import MeshConfig
 
 VOCAB_SIZE = 32
@@ -108,6 +115,31 @@ def test_slots_over_several_devices_decode_the_same(golden_t5, inputs):
     )
     expected = in_one_batch(golden_t5, inputs)
     assert found == [expected[i] for i in short] and len(found) > 8
+
+
+def test_a_step_moves_activations_and_no_matrix(golden_t5):
+    """Over fsdp XLA would gather each matrix for each token."""
+    graphdef, params = golden_t5
+    config = nnx.merge(graphdef, params).config
+    whole = sharding.make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
+    mesh = sharding.decoding_mesh(whole, config.num_heads)
+    assert mesh.shape["tensor"] > 1
+    decoder = ContinuousDecoder(graphdef, mesh, rows=4)
+    placed = decoder.prepare(jax.device_put(params, sharding.state_shardings(mesh, params)))
+    inputs = np.ones((4, 32), np.int32), np.zeros(4, np.int32), np.zeros(4, np.int32)
+    inputs = jax.device_put(inputs, sharding.batch_sharding(mesh))
+    with sharding.inside(mesh):
+        sources = decoder.encode(placed, *inputs, None, graphdef=graphdef)
+        slots = start(sources, GREEDY, cache_length=MAX_LENGTH, max_length=MAX_LENGTH)
+        slots = jax.device_put(slots, jax.tree.broadcast(slot_shardings(mesh), slots))
+        lowered = decoder.run.lower(placed, slots, 0, graphdef=graphdef, config=GREEDY)
+    keys = slots.self_cache[0][0]
+    assert keys.sharding.shard_shape(keys.shape)[1] == config.num_heads // mesh.shape["tensor"]
+    moved = hlo.find_collectives(lowered.compile().as_text(), mesh.shape)
+    feed_forward = placed["decoder"]["layers"][0]["feed_forward"]
+    matrices = {leaf.shape for leaf in (*feed_forward.values(), placed["token_embedding"])}
+    shapes = re.findall(r"\[([\d,]+)\]", " ".join(each.type for each in moved))
+    assert moved and matrices.isdisjoint(tuple(map(int, dims.split(","))) for dims in shapes)
 
 
 def test_a_bfloat16_model_decodes_the_same_from_rounded_matrices(golden_t5, inputs):

@@ -393,22 +393,23 @@ def test_a_process_gives_its_devices_their_rows_wherever_they_lie(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"),
+    ("sizes", "num_heads", "expected"),
     [
-        ((16, 1, 1), (4, 1, 1)),
-        ((1, 8, 2), (1, 2, 2)),
-        ((2, 1, 8), (1, 1, 4)),
-        ((2, 3, 4), (1, 1, 4)),
+        ((16, 1, 1), 12, (4, 1, 1)),
+        ((1, 8, 2), 12, (1, 1, 4)),
+        ((2, 1, 8), 12, (1, 1, 4)),
+        ((2, 3, 4), 12, (1, 1, 4)),
+        ((1, 8, 1), 6, (2, 1, 2)),
     ],
 )
-def test_a_process_splits_parameters_over_its_own_devices_as_far_as_they_go(sizes, expected):
+def test_decoding_splits_heads_over_a_process_own_devices(sizes, num_heads, expected):
+    """As many as split parameters in training, as far as these go."""
     own = jax.devices()[4:]
     shape = dict(zip(sharding.AXES, sizes, strict=True))
-    mesh = sharding.local_mesh(SimpleNamespace(shape=shape, size=24, local_devices=own))
+    whole = SimpleNamespace(shape=shape, local_devices=own)
+    mesh = sharding.decoding_mesh(whole, num_heads)
     assert tuple(mesh.shape.values()) == expected
     assert mesh.devices.flatten().tolist() == own
-    alone = mesh_of(MESHES["data2_fsdp2_tensor2"])
-    assert sharding.local_mesh(alone) is alone
 
 
 def fake_devices(num_slices: int, per_slice: int) -> list[SimpleNamespace]:
