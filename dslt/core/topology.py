@@ -89,7 +89,7 @@ CORES_PER_CHIP_IN_NAMES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
 # Windowed einsums, TPU's default, cut each gather into a loop of permutations inside the product.
 # libtpu 0.0.42 overflows its stack on them for T5 Large on v5e:2x4 (128 rows of 1,024).
 # Products fused into products: estimating the cost of three overflows the same stack, which plain
-# attention with dropout meets (libtpu 0.0.50 does not; programs with the kernel are the same).
+# attention with dropout meets (libtpu 0.0.50 does not; train steps with the kernel are the same).
 TPU_OPTIONS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
     "xla_tpu_dot_dot_fusion": "false",
