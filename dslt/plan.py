@@ -23,12 +23,7 @@ from dslt.core.decode import encode_sources, start_empty
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
-from dslt.core.topology import (
-    GIB,
-    Topology,
-    compile_devices,
-    one_host,
-)
+from dslt.core.topology import GIB, Topology, compile_devices, one_host
 from dslt.errors import InputError
 from dslt.evaluate import EvalConfig
 from dslt.start import abstract_state
@@ -266,53 +261,46 @@ def _decoding_memory(
     When parameters are prepared they are there twice; later slots are there while inputs are
     encoded, and encoded inputs wait while slots take steps.
     """
-    mesh = decoder.mesh
+    mesh, where = decoder.mesh, slot_shardings(decoder.mesh)
     rows = decoder.num_encoded(decoder.rows)
     tokens, numbers = (
         jax.ShapeDtypeStruct(shape, "int32", sharding=sharding.batch_sharding(mesh))
         for shape in ((rows, source_length), (rows,))
     )
-    lengths = dict(cache_length=max_length, max_length=max_length)
-
-    def start(sources):
-        return start_empty(sources, decoder.rows, config, **lengths)
-
+    narrow = sharding.with_shardings(mesh, params)
+    preparing = jax.jit(partial(prepare, graphdef=graphdef))
     with sharding.inside(mesh):
-        preparing = jax.jit(partial(prepare, graphdef=graphdef))
-        narrow = sharding.with_shardings(mesh, params)
-        lowered = [preparing.lower(narrow)]
-        placed = lowered[0].compile().output_shardings
-        params = jax.tree.map(_placed, jax.eval_shape(preparing, narrow), placed)
+        prepared, memory = compile_one(preparing.lower(narrow), {})
+        if not prepared:
+            return memory
+        params = jax.eval_shape(preparing, narrow)
+        params = sharding.place_abstract(params, prepared.output_shardings)
         encode = partial(encode_sources, graphdef=graphdef)
         sources = jax.eval_shape(encode, params, tokens, numbers, numbers)
-        slots = jax.eval_shape(start, sources)
-        where = slot_shardings(mesh)
-        sources = jax.tree.map(_placed, sources, jax.tree.broadcast(where.sources, sources))
-        slots = jax.tree.map(_placed, slots, jax.tree.broadcast(where, slots))
+        lengths = dict(cache_length=max_length, max_length=max_length)
+        start = partial(start_empty, rows=decoder.rows, config=config, **lengths)
+        slots = sharding.place_abstract(jax.eval_shape(start, sources), where)
+        sources = sharding.place_abstract(sources, where.sources)
         inputs = tokens, numbers, numbers, None
-        lowered.append(decoder.encode.lower(params, *inputs, graphdef=graphdef))
-        lowered.append(decoder.run.lower(params, slots, 0, graphdef=graphdef, config=config))
-    alive = [
-        sum(map(_bytes_a_chip, trees))
-        for trees in ([narrow], [params, slots], [params, slots, sources])
-    ]
+        encoding = decoder.encode.lower(params, *inputs, graphdef=graphdef)
+        running = decoder.run.lower(params, slots, 0, graphdef=graphdef, config=config)
     kinds = {
         "parameters": _bytes_a_chip(params),
         "KV cache": _bytes_a_chip(slots.self_cache),
         "cross keys and values": _bytes_a_chip(slots.sources.cross),
     }
-    peak = 0
-    for program, size in zip(lowered, alive, strict=True):
-        compiled, memory = compile_one(program, kinds)
+    peak = _bytes_a_chip(narrow) + _beside_arguments(prepared)
+    for lowered, alive in ((encoding, (params, slots)), (running, (params, slots, sources))):
+        compiled, memory = compile_one(lowered, kinds)
         if not compiled:
             return memory
-        used = compiled.memory_analysis().argument_size_in_bytes
-        peak = max(peak, size + hlo.peak_bytes(compiled) - used)
+        peak = max(peak, _bytes_a_chip(alive) + _beside_arguments(compiled))
     return Memory(kinds, max(peak, sum(kinds.values())), memory.available)
 
 
-def _placed(leaf, where) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+def _beside_arguments(compiled) -> int:
+    """Bytes that a program needs on one chip besides what it is given."""
+    return hlo.peak_bytes(compiled) - compiled.memory_analysis().argument_size_in_bytes
 
 
 def _abstract_batch(rows: int, shape: BatchShape, mesh) -> Batch:

@@ -321,5 +321,5 @@ def compile_step(config: TrainConfig, optimizer_config, optimizer, graphdef, sta
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=topology.compiler_options(mesh.devices.flat[0]),
+        compiler_options=topology.compiler_options(mesh.devices.flat[0], is_training=True),
     )

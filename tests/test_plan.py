@@ -1,7 +1,9 @@
 """A plan says what the compiled program needs; what cannot fit is said not to."""
 
 import argparse
+import concurrent.futures
 import dataclasses
+import multiprocessing
 import re
 
 import jax
@@ -33,6 +35,11 @@ RUN = plan.Run(
     shape=plan.BatchShape(16, 24, 12, examples=32, fill=0.5, origin="as given"),
 )
 BASE_SLICE = ["runs/step_by_step.gin", "settings/paper.gin", "slices/t5_v1_1_base_v5e_2x2.gin"]
+
+
+@pytest.fixture(scope="module")
+def libtpu():
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[tpu]'")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +100,19 @@ def test_of_a_gradient_only_the_part_that_is_kept_crosses_data():
     assert sum(c.whole_bytes for c in summed) == sum(c.whole_bytes for c in scattered) / 4
     others = [c for c in in_layers if c not in gathered + scattered + summed]
     assert all("[32,32]" not in c.type and "64" not in c.type for c in others)  # no matrix
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 4, 2), MeshConfig(2, 2, 2)])
+def test_activations_are_summed_over_tensor_as_often_as_without_fsdp(mesh):
+    """A layer's two or three outputs, and the gradient of what its other products read."""
+
+    def num_sums(mesh: MeshConfig) -> int:
+        found = plan.plan_training(dataclasses.replace(RUN, mesh=mesh), CPU).collectives
+        in_layers = [c for c in found if c.times == 3 and c.axes == ("tensor",)]
+        return sum(c.type.count(",32]") for c in in_layers)
+
+    outputs, readers = 2 + 3, (3 + 2) + (3 + 3 + 2)
+    assert num_sums(mesh) == num_sums(MeshConfig(4, 1, 2)) == outputs + readers
 
 
 def test_rows_are_padded_as_in_training():
@@ -196,9 +216,9 @@ def test_one_gpu_sends_nothing_and_has_roofs(capsys):
     assert "links: 0.0 GB" in text and re.search(r"(compute|memory) binds", text)
 
 
+@pytest.mark.usefixtures("libtpu")
 def test_decoding_is_planned_on_one_hosts_chips():
     """As `dslt evaluate` does it: each host has the whole student."""
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[tpu]'")
     run = dataclasses.replace(RUN, mesh=MeshConfig(data=1, fsdp=16))
     found = plan.plan_decoding(run, parse_topology("v5e:4x4"), quick=True)
     assert found.num_chips == 4
@@ -240,13 +260,12 @@ def test_a_fill_is_a_share(fill, capsys):
 
 
 @pytest.fixture(scope="module")
-def base_slice():
+def base_slice(libtpu):
     """The shipped file, compiled for its slice."""
     return plan_base_slice()
 
 
 def plan_base_slice(*overrides: str) -> plan.TrainPlan:
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[tpu]'")
     configs = config.parse(BASE_SLICE, overrides)
     data = configs.data
     rows = 2 * data.batch_examples
@@ -287,13 +306,14 @@ def test_fsdp_gathers_a_matrix_once_a_pass_and_scatters_its_gradient_once(base_s
     assert whole["all-reduce"] == 0
 
 
+@pytest.mark.usefixtures("libtpu")
 def test_plain_attention_with_dropout_compiles_for_tpus():
-    """It overflowed libtpu's stack, which ends the process."""
-    found = plan_base_slice(
-        "t5.T5Config.attention = 'plain'",
-        "t5.T5Config.num_layers = 2",
-        "t5.T5Config.num_decoder_layers = 2",
-    )
+    """In a process of its own: it overflowed libtpu's stack, which ends the process."""
+    bindings = ["attention = 'plain'", "num_layers = 2", "num_decoder_layers = 2"]
+    overrides = [f"t5.T5Config.{binding}" for binding in bindings]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+        found = pool.submit(plan_base_slice, *overrides).result()
     assert found.memory.fits()
     assert found.run.model.dropout_rate > 0
 

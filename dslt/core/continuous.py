@@ -67,7 +67,7 @@ class ContinuousDecoder:
         self.mesh = mesh
         self.multiple = sharding.row_multiple(mesh)
         self.rows = _round_up(rows, self.multiple)
-        options = topology.compiler_options(mesh.devices.flat[0])
+        options = topology.compiler_options(mesh.devices.flat[0], is_training=False)
         jit = functools.partial(jax.jit, compiler_options=options)
         placed = slot_shardings(mesh)
         of_slots = functools.partial(jit, out_shardings=placed)

@@ -76,10 +76,8 @@ def _on_mesh(hidden, weight, targets, token_weights, chunk_tokens, with_gradient
         arrays = hidden, weight.astype(hidden.dtype), targets, token_weights
         return _in_chunks(*arrays, chunk_tokens, with_gradients)
     head = sharding.partition_spec(mesh, "lm_head", shape=weight.shape)
-    width_axis, vocab_axis = (axis if axis and mesh.shape[axis] > 1 else None for axis in head)
-    rows = sharding.batch_spec()
-    # Over one device alone XLA's CPU backend would reduce too, by a copy.
-    row_axes = tuple(axis for axis in rows[0] if mesh.shape[axis] > 1)
+    width_axis, vocab_axis = sharding.larger_axes(mesh, head)
+    rows, row_axes = sharding.batch_spec(), sharding.row_axes(mesh)
 
     def on_device(hidden, weight, targets, token_weights):
         weight = weight.astype(hidden.dtype)

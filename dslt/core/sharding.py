@@ -120,6 +120,16 @@ def batch_spec() -> PartitionSpec:
     return PartitionSpec(("data", "fsdp"))
 
 
+def larger_axes(mesh, axes: Sequence[str | None]) -> tuple[str | None, ...]:
+    """None in place of axes of one device, over which XLA's CPU backend would reduce by a copy."""
+    return tuple(axis if axis and mesh.shape[axis] > 1 else None for axis in axes)
+
+
+def row_axes(mesh) -> tuple[str, ...]:
+    """The axes of several devices that rows are split over."""
+    return tuple(filter(None, larger_axes(mesh, batch_spec()[0])))
+
+
 def heads_sharding(mesh: Mesh) -> NamedSharding:
     """Of keys and values [B, H, N, K]: rows over data and fsdp, heads over tensor."""
     return NamedSharding(mesh, PartitionSpec(*batch_spec(), "tensor", None, None))
@@ -211,6 +221,7 @@ def project_split(product, x: jax.Array, matrix: jax.Array, is_split_last: bool)
 
     Args:
       product: of [B, N, C] and [C, M] to [B, N, M].
+      x: rows are a multiple of `row_multiple`.
       matrix: [D, M] or, where `is_split_last`, [C, D]; the model dimension D is split over fsdp and
         the other one over tensor.
     """
@@ -219,31 +230,28 @@ def project_split(product, x: jax.Array, matrix: jax.Array, is_split_last: bool)
     if not _splits_parameters(mesh) or x.shape[1] == 1:
         return product(x, matrix)
     axes = ("tensor", "fsdp") if is_split_last else ("fsdp", "tensor")
-    where = PartitionSpec(*_axes_that_fit(mesh, axes, matrix.shape))
+    where = larger_axes(mesh, _axes_that_fit(mesh, axes, matrix.shape))
     contracted, kept = (where[0], None) if is_split_last else (None, where[1])
+    rows = row_axes(mesh)
 
     def on_device(x, matrix):
+        # Of what is whole on several devices the gradient is summed over them, once.
+        copies = tuple(axis for axis in rows if axis not in where)
+        matrix = jax.lax.pcast(matrix, copies, to="varying")
+        x = jax.lax.pcast(x, kept, to="varying") if kept else x
         if "fsdp" in where:
-            matrix = _gather_last(matrix) if is_split_last else _gather_first(matrix)
+            # TPU compilers form a reduce-scatter along the first dimension alone.
+            matrix = matrix.T if is_split_last else matrix
+            matrix = jax.lax.all_gather(matrix, "fsdp", tiled=True)
+            matrix = matrix.T if is_split_last else matrix
         out = product(x, matrix)
         return jax.lax.psum(out, contracted) if contracted else out
 
-    rows = batch_spec()
     return jax.shard_map(
         on_device,
-        in_specs=(PartitionSpec(*rows, None, contracted), where),
-        out_specs=PartitionSpec(*rows, None, kept),
-        check_vma=False,
+        in_specs=(PartitionSpec(rows, None, contracted), PartitionSpec(*where)),
+        out_specs=PartitionSpec(rows, None, kept),
     )(x, matrix)
-
-
-def _gather_first(matrix):
-    return jax.lax.all_gather(matrix, "fsdp", tiled=True)
-
-
-def _gather_last(matrix):
-    """TPU compilers form a reduce-scatter along the first dimension alone."""
-    return _gather_first(matrix.T).T
 
 
 def gather_again(layer, prevent_cse: bool):
@@ -255,8 +263,8 @@ def gather_again(layer, prevent_cse: bool):
     if not _splits_parameters(jax.sharding.get_abstract_mesh()):
         return layer
 
-    def keep(primitive, *_, **__) -> bool:  # everything but what `project_split` gathers
-        return primitive.name not in ("all_gather", "transpose")
+    def keep(primitive, *_, **__) -> bool:  # everything but the operands that `project_split` makes
+        return primitive.name not in ("all_gather", "transpose", "pvary", "reshape")
 
     return jax.checkpoint(layer, policy=keep, prevent_cse=prevent_cse)
 
@@ -297,10 +305,18 @@ def state_shardings(mesh: Mesh, state):
 
 def with_shardings(mesh: Mesh, abstract):
     """`jax.ShapeDtypeStruct`s of a TrainState (or of parameters alone), each with its sharding."""
+    return place_abstract(abstract, state_shardings(mesh, abstract))
+
+
+def place_abstract(abstract, shardings):
+    """`jax.ShapeDtypeStruct`s of a tree of shapes, each with its sharding.
+
+    A sharding may stand for a whole branch of the tree.
+    """
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         abstract,
-        state_shardings(mesh, abstract),
+        jax.tree.broadcast(shardings, abstract),
     )
 
 
