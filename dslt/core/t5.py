@@ -268,9 +268,8 @@ class FeedForward(nnx.Module):
             inputs = _project(x, self.wi_0), _project(x, self.wi_1)
         else:
             inputs = (_project(x, self.wi),)
-        activate = jax.checkpoint(_activate, static_argnums=0, prevent_cse=self.prevent_cse)
-        hidden = activate(self.dropout_rate, dropout_key, *inputs)
-        return _project(hidden, self.wo, is_split_last=True)
+        activate = _recomputed(functools.partial(_activate, self.dropout_rate), self.prevent_cse)
+        return _project(activate(dropout_key, *inputs), self.wo, is_split_last=True)
 
 
 def _activate(dropout_rate, dropout_key, gate, up=None):
@@ -623,6 +622,29 @@ def _project(x, weight: nnx.Param, num_contracted: int = 1, is_split_last: bool 
     matrix = weight.reshape(math.prod(contracted), math.prod(kept))
     out = project_split(project, x.reshape(*x.shape[:2], -1), matrix, is_split_last)
     return out.reshape(*x.shape[:2], *kept)
+
+
+def _recomputed(function, prevent_cse: bool):
+    """`function`, computed again on the way back from its arguments; nothing else is kept.
+
+    `jax.checkpoint` says the same, but inside of another one it is the outer policy that decides,
+    and `gather_again` keeps all it may. `prevent_cse` is as there.
+    """
+
+    @jax.custom_vjp
+    def call(*inputs):
+        return function(*inputs)
+
+    def forward(*inputs):
+        return function(*inputs), inputs
+
+    def backward(inputs, d_out):
+        if prevent_cse:
+            inputs, d_out = jax.lax.optimization_barrier((inputs, d_out))
+        return jax.vjp(function, *inputs)[1](d_out)
+
+    call.defvjp(forward, backward)
+    return call
 
 
 def _split(key, num: int):

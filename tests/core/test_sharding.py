@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dslt.core import hlo, sharding, t5
@@ -206,6 +207,25 @@ def test_parameters_travel_and_activations_stay(mesh):
     made = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)", program)
     assert re.search(r"f32\[16,24|f32\[16,12\]", " ".join(made))  # wi_0, gathered
     assert not re.search(r"\w+\[8,(10|12),", " ".join(made))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_of_hidden_units_three_arrays_a_layer_are_kept(mesh):
+    """What is activated, by both of its products, and the outcome: also where fsdp gathers again,
+    with a policy that keeps whatever it meets.
+    """
+    num_layers, num_hidden = 2, 56
+    graphdef, params = t5.abstract_params(tiny_config(dropout_rate=0.2, d_ff=num_hidden))
+    batch, key = make_batch(16), jax.random.key(0)
+
+    def backward(params):
+        return jax.vjp(lambda params: nnx.merge(graphdef, params)(batch, key), params)[1]
+
+    with sharding.inside(mesh_of(MESHES[mesh])):
+        kept = [x.size for x in jax.tree.leaves(jax.eval_shape(backward, params))]
+    inputs = batch.encoder_input_tokens, batch.decoder_input_tokens
+    sizes = (num_layers * tokens.size * num_hidden for tokens in inputs)
+    assert [kept.count(size) for size in sizes] == [3, 3]
 
 
 def test_stacked_roles_would_move_rows():
