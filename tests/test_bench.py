@@ -38,6 +38,14 @@ def one_device():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def denormals():
+    """The reference flushes them for the rest of its process, in which other tests follow."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def batches(build_batch):
     rng = np.random.default_rng(0)
