@@ -346,19 +346,18 @@ def _operations(path: Path):
                 yield (names or [event.name])[0], event.duration_ns
 
 
-def _scopes(hlo: str) -> dict[str, str]:
+def _scopes(program: str) -> dict[str, str]:
     """Instruction to the part of PARTS that it belongs to; loops stand for nothing themselves."""
     found = {}
-    for line in hlo.splitlines():
-        instruction = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = \S+ ([\w-]+)\(", line)
-        if not instruction or instruction[2] in ("while", "call", "conditional"):
+    for instruction in itertools.chain(*hlo.parse_computations(program).values()):
+        if instruction.opcode in ("while", "call", "conditional"):
             continue
-        name = re.search(r'op_name="([^"]*)"', line)
+        name = re.search(r'op_name="([^"]*)"', instruction.rest)
         scopes = re.findall(r"\w+", name[1]) if name else []
         stack = next((scope for scope in scopes if scope in ("encoder", "decoder")), "")
         part = next((part for part in PARTS if part in scopes), "other")
         is_in_stack = stack and part not in ("output_layer", "optimizer", "other")
-        found[instruction[1]] = f"{stack} {part}" if is_in_stack else part
+        found[instruction.name] = f"{stack} {part}" if is_in_stack else part
     return found
 
 

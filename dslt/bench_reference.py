@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from dslt.core.batch import PAD_ID, ROLE_LABEL, ROLE_RATIONALE, Batch
@@ -50,7 +50,8 @@ class HuggingFaceT5:
         logging.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rate = model_config.dropout_rate
-        self.model = T5ForConditionalGeneration.from_pretrained(directory, dropout_rate=rate)
+        # The class is the config's: T5's own passes over umT5's biases of each layer.
+        self.model = AutoModelForSeq2SeqLM.from_pretrained(directory, dropout_rate=rate)
         self.model.to(self.device)
         self._forward = torch.compile(self.model, dynamic=True) if is_compiled else self.model
         self._optimizer = torch.optim.AdamW(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -27,6 +28,7 @@ MODEL = T5Config(
     vocab_size=259, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=2, num_decoder_layers=2,
     dropout_rate=0.0,
 )  # fmt: skip
+UMT5 = dataclasses.replace(MODEL, relative_bias_per_layer=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,20 +72,24 @@ def test_ratios_are_of_neighbours_in_time():
 
 
 def test_instructions_are_counted_where_they_were_traced():
-    hlo = """
+    program = """
+    ENTRY %main (a: f32[2]) -> f32[2] {
       %fusion.1 = f32[2]{0} fusion(%a), metadata={op_name="jit(f)/jvp(encoder)/attention/exp"}
       ROOT %dot.2 = f32[2]{0} dot(%a, %b), metadata={op_name="jit(f)/optimizer/mul"}
       %while.3 = f32[2]{0} while(%a), metadata={op_name="jit(f)/jvp(decoder)/norm/while"}
       %copy.4 = f32[2]{0} copy(%a)
       %add.5 = f32[2]{0} add(%a), metadata={op_name="jit(f)/decoder/transpose(jvp(norm))/add"}
       %dot.6 = f32[2]{0} dot(%a), metadata={op_name="jit(f)/output_layer/while/body/dot"}
+      %fusion.7 = (f32[2]{0}, (f32[], f32[3]{0})) fusion(%a), metadata={op_name="jit(f)/norm/add"}
+    }
     """
-    assert bench._scopes(hlo) == {
+    assert bench._scopes(textwrap.dedent(program)) == {
         "fusion.1": "encoder attention",
         "dot.2": "optimizer",
         "copy.4": "other",
         "add.5": "decoder norm",
         "dot.6": "output_layer",
+        "fusion.7": "norm",
     }
 
 
@@ -112,18 +118,19 @@ def test_cuda_graphs_are_not_taken_for_a_few_operations(batches, monkeypatch):
     assert share == 1
 
 
-def test_the_reference_takes_the_same_steps(batches, tmp_path):
+@pytest.mark.parametrize("model", [MODEL, UMT5], ids=["t5", "umt5"])
+def test_the_reference_takes_the_same_steps(model, batches, tmp_path):
     """Without dropout, losses agree over three updates: the weights move alike."""
     pytest.importorskip("torch", reason="the reference is PyTorch: pip install '.[parity]'")
     from dslt.bench_reference import HuggingFaceT5
 
     config = TrainConfig(num_steps=10, rationale_weight=0.7)
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", clip_norm=0.5)
-    step = StepBench(config, MODEL, optimizer, ONE_DEVICE, batches[0])
+    step = StepBench(config, model, optimizer, ONE_DEVICE, batches[0])
     ByteVocabulary().save(tmp_path / "vocabulary")
     params = jax.device_get(step.params)
-    hf_t5.save(tmp_path / "student", MODEL, params, tmp_path / "vocabulary")
-    reference = HuggingFaceT5(tmp_path / "student", MODEL, optimizer, 0.7)
+    hf_t5.save(tmp_path / "student", model, params, tmp_path / "vocabulary")
+    reference = HuggingFaceT5(tmp_path / "student", model, optimizer, 0.7)
     for batch in [*batches, batches[0]]:
         step.run(batch)
         reference.run(batch)
