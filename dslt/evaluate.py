@@ -55,7 +55,7 @@ class EvalConfig(DecodeConfig):
     """How checkpoints are judged, and how their answers are decoded (see DecodeConfig).
 
     Attributes:
-      splits: judged ones; the best checkpoint is always chosen on validation.
+      splits: judged ones, at least one; the best checkpoint is always chosen on validation.
       rows: decoded at a time.
       max_label_length: tokens of an answer at most, EOS included.
       max_rationale_length: likewise of a rationale, where rationales are asked for.
@@ -68,7 +68,8 @@ class EvalConfig(DecodeConfig):
       poll_secs: between looks at the run while following it.
       silence_secs: without a sign of life from training, until a follower says so; a few times
         `workdir.HEARTBEAT_SECS`, and what the file system takes to show a change to other hosts.
-      give_up_secs: without one, until a follower ends; 0 waits for ever.
+      give_up_secs: without one, until a follower ends; 0 waits for ever. For a run to begin it
+        waits for ever too.
     """
 
     splits: tuple[str, ...] = ("validation", "test")
@@ -84,6 +85,8 @@ class EvalConfig(DecodeConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.splits:
+            raise InputError("EvalConfig.splits is (); expected one or more, such as 'validation'")
         for field in ("rows", "max_label_length", "max_rationale_length"):
             if getattr(self, field) < 1:
                 raise InputError(f"EvalConfig.{field} is {getattr(self, field)}; expected >= 1")

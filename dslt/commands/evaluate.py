@@ -32,7 +32,8 @@ def add(commands) -> None:
     command.add_argument(
         "--follow",
         action="store_true",
-        help="until training has ended, or gives no sign of life for EvalConfig.give_up_secs",
+        help="waits for training to begin, until it has ended or gives no sign of life for "
+        "EvalConfig.give_up_secs",
     )
     command.add_argument(
         "--step", type=int, action="append", help="this checkpoint, again if need be; repeatable"
@@ -176,7 +177,7 @@ def warn_of_labels(examples, config, vocabulary) -> list[str]:
         return []
     labels = [(e.example.label, e.example.answer_form) for e in examples if e.example.label]
     tokens = {label: vocabulary.encode(label) for label, _ in labels}
-    is_long = {label: len(found) >= config.max_label_length for label, found in tokens.items()}
+    is_long = {label: len(found) > config.max_label_length for label, found in tokens.items()}
     long = [label for label, _ in labels if is_long[label]]
     unlike = [
         label
@@ -187,8 +188,8 @@ def warn_of_labels(examples, config, vocabulary) -> list[str]:
     if long:
         lines.append(
             f"warning: {len(long)} of {len(labels)} gold labels have more tokens than "
-            f"max_label_length = {config.max_label_length}, EOS included: no answer matches them. "
-            "Give evaluate.EvalConfig.max_label_length"
+            f"max_label_length = {config.max_label_length}: no answer matches them. Give "
+            "evaluate.EvalConfig.max_label_length"
         )
     if unlike:
         lines.append(

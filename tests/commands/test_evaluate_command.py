@@ -18,14 +18,14 @@ def examples(labels: list[str | None], form: str = "text") -> list[EvalInput]:
 @pytest.mark.parametrize(
     ("labels", "form", "says"),
     [
-        (["yes", "Yes.", None, "é" * 4], "text", []),
+        (["yes", "Yes.", None, "é" * 4 + "a"], "text", []),
         (["yes", "é" * 5, None], "text", ["1 of 2 gold labels have more tokens than max_label_le"]),
         (["1 + 2", "50%"], "equation", ["1 of 2 gold labels, such as '50%', are not what their"]),
-        (["50%", "1" * 9], "equation", ["1 of 2 gold labels have", "1 of 2 gold labels, such"]),
+        (["50%", "1" * 10], "equation", ["1 of 2 gold labels have", "1 of 2 gold labels, such"]),
     ],
 )
 def test_labels_that_no_answer_can_match_are_counted(labels, form, says):
-    config = EvalConfig(max_label_length=9)  # eight bytes and EOS
+    config = EvalConfig(max_label_length=9)  # at its end without EOS
     found = warn_of_labels(examples(labels, form), config, ByteVocabulary())
     assert len(found) == len(says)
     for line, part in zip(found, says, strict=True):
