@@ -43,7 +43,7 @@ class T5Config:
       num_layers: encoder layers; `num_decoder_layers` may differ (ByT5).
       feed_forward_proj: `gated-gelu` (v1.1 and later) or `relu` (v1.0).
       tie_word_embeddings: the output projection is the input embedding (v1.0).
-      scale_decoder_outputs: the decoder's output is multiplied by D**-0.5 before a tied projection.
+      scale_decoder_outputs: the decoder's output is multiplied by D**-0.5 (v1.0).
       relative_bias_per_layer: a bias table a layer (umT5) instead of one a stack.
       dtype: of activations, `float32` or `bfloat16`. float16 overflows in T5's feed-forward.
       remat: recompute each layer in the backward pass, for memory.

@@ -205,7 +205,7 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
 
     options = {"chip_config_name": "megacore"} if topology.version == "v4" else {}
     if topology.num_chips == 1:
-        options = {"chips_per_host_bounds": (1,) * 3}
+        options["chips_per_host_bounds"] = (1,) * 3
     try:
         return topologies.get_topology_desc(str(topology), "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec
 
 from dslt.core import products
-from dslt.core.flops import decode_flops, traced_flops, train_step_flops
+from dslt.core.flops import decode_flops, peak_flops, traced_flops, train_step_flops
 from dslt.core.sharding import MeshConfig, make_mesh
 from dslt.core.t5 import T5Config, abstract_params, count_params
 
@@ -32,6 +34,20 @@ def test_all_parameters_but_the_embedding_norms_and_biases_are_matrices():
 def test_relu_has_one_matrix_less():
     relu = dataclasses.replace(CONFIG, feed_forward_proj="relu")
     assert train_step_flops(CONFIG, 1, 0) - train_step_flops(relu, 1, 0) == 6 * 4 * 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("TPU v5 lite", 197),
+        ("cpu", None),
+    ],
+)
+def test_the_longest_name_says_the_peak(kind, teraflops):
+    peak = peak_flops(types.SimpleNamespace(device_kind=kind))
+    assert peak == (teraflops and teraflops * 1e12)
 
 
 def traced(function, *shapes):

@@ -84,6 +84,7 @@ def test_tpu_devices():
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[tpu]'")
     assert [d.device_kind for d in compile_devices(parse_topology("v5e-8"))] == ["TPU v5 lite"] * 8
     assert len(compile_devices(parse_topology("v4-8"))) == 4  # one device a chip, as on the machine
-    assert len(compile_devices(parse_topology("v6e-1"))) == 1
+    for one_chip in ("v6e-1", "v4:1x1x1"):
+        assert len(compile_devices(parse_topology(one_chip))) == 1
     with pytest.raises(InputError, match=r"v5e:3x5: .*Slices: v5e:1x1, "):
         compile_devices(parse_topology("v5e:3x5"))
