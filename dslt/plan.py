@@ -330,10 +330,12 @@ def _compile(lowered, kinds: dict[str, int], topology: Topology, mesh, quick: bo
         wanted = _wanted_bytes(str(error))
         if wanted is None:
             raise
-        return None, Memory(kinds, wanted, available, has_compiled=False)
-    peak = hlo.peak_bytes(compiled)
+        compiled, peak = None, wanted
+    else:
+        peak = hlo.peak_bytes(compiled)
     # What is donated and gathered may free the gradients' place: no kind is larger than the peak.
-    return compiled, Memory(kinds, max(peak, sum(kinds.values())), available)
+    peak = max(peak, sum(kinds.values()))
+    return compiled, Memory(kinds, peak, available, has_compiled=compiled is not None)
 
 
 def _wanted_bytes(message: str) -> int | None:

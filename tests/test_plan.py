@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import re
+import types
 
 import jax
 import pytest
@@ -174,6 +175,15 @@ def test_the_largest_batch_fits_and_one_row_a_device_more_does_not(planned):
 )
 def test_what_a_compiler_wanted_is_read(message, gib):
     assert plan._wanted_bytes(message) == (gib and int(gib * GIB))
+
+
+def test_where_a_compiler_gives_up_no_kind_is_larger_than_what_it_wanted():
+    def give_up(**_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: … Used 2.00G of 1.00G hbm.")
+
+    lowered = types.SimpleNamespace(compile=give_up)
+    found = plan._compile(lowered, {"parameters": 3 * GIB}, CPU, None, True, GIB)[1]
+    assert found.rest == 0 and not found.fits()
 
 
 FACTS = ["plan", "runs/step_by_step.gin", "settings/facts.gin"]
