@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dslt.core.batch import PAD_ID
+from dslt.core.keys import seeded_key
 
 BLOCK = 128  # entries that an argmax looks at together; T5's vocabularies are multiples of it
 
@@ -56,7 +57,7 @@ def sample(logits: jax.Array, config, numbers: jax.Array, positions: jax.Array) 
         gaps = jnp.where(gaps <= kept, gaps, jnp.inf)
 
     def noise(number, position):
-        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        key = jax.random.fold_in(seeded_key(config.seed), number)
         return jax.random.gumbel(jax.random.fold_in(key, position), gaps.shape[1:])
 
     return most_likely(jax.vmap(noise)(numbers, positions) - gaps / config.temperature)

@@ -30,6 +30,7 @@ from dslt.core import attention
 from dslt.core.attention import SegmentMask
 from dslt.core.batch import NUM_ROLES, Batch
 from dslt.core.dropout import dropout
+from dslt.core.keys import seeded_key
 from dslt.core.products import project
 from dslt.core.sharding import gather_again, gather_width, project_split, split_rows
 from dslt.errors import InputError
@@ -518,13 +519,13 @@ class T5(nnx.Module):
 
 def init_params(config: T5Config, seed: int) -> tuple[nnx.GraphDef, dict]:
     """A graph definition and freshly initialised parameters, a nested dict of float32 arrays."""
-    graphdef, state = nnx.split(T5(config, nnx.Rngs(seed)), nnx.Param)
+    graphdef, state = nnx.split(T5(config, nnx.Rngs(seeded_key(seed))), nnx.Param)
     return graphdef, nnx.to_pure_dict(state)
 
 
 def abstract_params(config: T5Config) -> tuple[nnx.GraphDef, dict]:
     """As `init_params`, with `jax.ShapeDtypeStruct` in place of arrays: nothing is computed."""
-    model = nnx.eval_shape(lambda: T5(config, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: T5(config, nnx.Rngs(seeded_key(0))))
     graphdef, state = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(state)
 

@@ -16,6 +16,7 @@ from dslt.core import losses, sharding
 from dslt.core.batch import Batch
 from dslt.core.consistency import consistency_loss
 from dslt.core.cross_entropy import linear_cross_entropy
+from dslt.core.keys import seeded_key
 from dslt.errors import InputError
 
 ON_NONFINITE = ("stop", "skip")
@@ -150,7 +151,7 @@ def gradient_of(
     """
     _check_microbatches(batch, settings)
     tokens = losses.role_weights(batch).sum((1, 2))  # of the whole global batch, before the split
-    step_key = jax.random.fold_in(jax.random.key(settings.seed), step)
+    step_key = jax.random.fold_in(seeded_key(settings.seed), step)
 
     def microbatch_loss(params, microbatch, key):
         with sharding.inside(mesh):

@@ -228,6 +228,19 @@ def test_dropout_is_a_function_of_seed_and_step(paired, accumulation):
         assert abs(other[1].loss - first[1].loss) > 1e-3
 
 
+def test_another_kind_of_keys_in_the_environment_changes_nothing(paired):
+    """JAX_DEFAULT_PRNG_IMPL, which recipes for TPUs set."""
+    config = t5.T5Config(**TINY)
+    expected = jax.tree.map(np.asarray, t5.init_params(config, seed=3)[1])
+    _, metrics = run(paired, dropout_rate=0.3, seed=3)
+    with jax.default_prng_impl("rbg"):
+        params = t5.init_params(config, seed=3)[1]
+        compiled_step.cache_clear()
+        _, found = run(paired, dropout_rate=0.3, seed=3)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    jax.tree.map(np.testing.assert_array_equal, found, metrics)
+
+
 def test_microbatches_draw_different_dropout(build):
     """Four copies of a row, dealt to four microbatches, do not all lose the same units."""
     copies = build([LABEL_0], [LABEL_0], [LABEL_0], [LABEL_0])
