@@ -56,7 +56,7 @@ class ContinuousDecoder:
     """Keeps the compiled programs of one model on one mesh.
 
     Attributes:
-      encode, run: those of decode.py which a device must have room for.
+      encode, run, score_answers: those that a device must have room for.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, rows: int):
@@ -83,9 +83,17 @@ class ContinuousDecoder:
         )
         self._refill = of_slots(decode.refill, donate_argnames="slots")
         self._keep_rows = of_slots(decode.keep_rows)
-        self._resize_cache = of_slots(decode.resize_cache, static_argnames="cache_length")
-        self._widen_sources = of_slots(decode.widen_sources, static_argnames="source_length")
-        self._score = jit(score_answers, static_argnames="graphdef")
+        self._resize_cache = jit(
+            decode.resize_cache,
+            static_argnames="cache_length",
+            out_shardings=(placed.self_cache, placed.can_see),
+        )
+        self._widen_sources = jit(
+            decode.widen_sources,
+            static_argnames="source_length",
+            out_shardings=(placed.sources.cross, placed.sources.mask),
+        )
+        self.score_answers = jit(score_answers, static_argnames="graphdef")
         self._graphdef = graphdef
 
     def prepare(self, params: dict) -> dict:
@@ -154,7 +162,7 @@ class ContinuousDecoder:
             targets = pad_answers(sets, (rows, most, _round_up(longest, TARGET_MULTIPLE)))
             placed = jax.device_put((tokens, targets), sharding.batch_sharding(self.mesh))
             with sharding.inside(self.mesh):
-                found = np.asarray(self._score(params, *placed, graphdef=self._graphdef))
+                found = np.asarray(self.score_answers(params, *placed, graphdef=self._graphdef))
             for i, row in zip(chosen, found, strict=False):
                 scores[i] = row[: len(answers[i])]
             on_scored(len(chosen))
@@ -210,7 +218,11 @@ class ContinuousDecoder:
             on_decoded(len(ended))
             cache_length = slots.can_see.shape[2]
             if (is_live & (lengths >= cache_length)).any():
-                slots = self._resize_cache(slots, cache_length=min(2 * cache_length, max_length))
+                length = min(2 * cache_length, max_length)
+                resized = self._resize_cache(
+                    slots.self_cache, slots.can_see, slots.step, cache_length=length
+                )
+                slots = slots._replace(self_cache=resized[0], can_see=resized[1])
 
     def _encode_sources(
         self, params, inputs, indices, rows: int, answers, start_id: int, numbers
@@ -242,7 +254,9 @@ class ContinuousDecoder:
                 max_length=max_length,
             )
         if slots.sources.mask.shape[1] < length:
-            slots = self._widen_sources(slots, source_length=length)
+            sources = slots.sources
+            cross, mask = self._widen_sources(sources.cross, sources.mask, source_length=length)
+            slots = slots._replace(sources=sources._replace(cross=cross, mask=mask))
         return slots
 
     def _put(self, slots: Slots, sources: Sources, free: np.ndarray, taken: int) -> Slots:

@@ -293,10 +293,13 @@ def keep_rows(slots: Slots, kept: jax.Array) -> Slots:
     return rows._replace(step=slots.step)
 
 
-def resize_cache(slots: Slots, cache_length: int) -> Slots:
-    """The same slots with another number N of columns; no less than a live row has filled."""
-    old_length = slots.can_see.shape[2]
-    last = slots.step - 1
+def resize_cache(self_cache, can_see, step, cache_length: int) -> tuple:
+    """`self_cache` and `can_see` of Slots at `step`, with another number N of columns.
+
+    No less than a live row has filled. Given alone, so that nothing else of the slots is copied.
+    """
+    old_length = can_see.shape[2]
+    last = step - 1
     distances = t5.ring_distances(last, cache_length)
     columns = (last - distances) % old_length
 
@@ -305,23 +308,19 @@ def resize_cache(slots: Slots, cache_length: int) -> Slots:
         resized = jnp.take(split, columns, axis=2)
         return resized.reshape(*cached.shape[:2], -1, cached.shape[-1])
 
-    self_cache = jax.tree.map(resize, slots.self_cache)
-    can_see = jnp.take(slots.can_see, columns, axis=2) & (distances < old_length)[:, None]
-    return slots._replace(self_cache=self_cache, can_see=can_see)
+    can_see = jnp.take(can_see, columns, axis=2) & (distances < old_length)[:, None]
+    return jax.tree.map(resize, self_cache), can_see
 
 
-def widen_sources(slots: Slots, source_length: int) -> Slots:
-    """The same slots with room for sources of another length S, no less than their own."""
-    missing = source_length - slots.sources.mask.shape[1]
+def widen_sources(cross, mask, source_length: int) -> tuple:
+    """`cross` and `mask` of Sources, with room for another length S, no less than their own."""
+    missing = source_length - mask.shape[1]
 
     def widen(array, axis):
         pads = [(0, missing if i == axis else 0) for i in range(array.ndim)]
         return jnp.pad(array, pads)
 
-    cross = jax.tree.map(lambda array: widen(array, 2), slots.sources.cross)
-    return slots._replace(
-        sources=slots.sources._replace(cross=cross, mask=widen(slots.sources.mask, 1))
-    )
+    return jax.tree.map(lambda array: widen(array, 2), cross), widen(mask, 1)
 
 
 def _forward(model: t5.T5, layers: list[dict], slots: Slots) -> tuple[Slots, jax.Array]:
