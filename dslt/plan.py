@@ -18,7 +18,13 @@ import jax
 
 from dslt.core import attention, flops, hlo, sharding, t5
 from dslt.core.batch import Batch, empty_batch
-from dslt.core.continuous import ContinuousDecoder, kept_length, prepare, slot_shardings
+from dslt.core.continuous import (
+    KEPT_SHARE,
+    ContinuousDecoder,
+    kept_length,
+    prepare,
+    slot_shardings,
+)
 from dslt.core.decode import encode_sources, start_empty
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import MeshConfig
@@ -155,12 +161,15 @@ class DecodePlan:
 
     Attributes:
       num_chips: that it runs on, those of one host.
+      decodes: False where nothing is decoded: answers of `max_length` tokens are scored.
+      model_flops: of a batch; where answers are scored, for one answer a row.
     """
 
     num_chips: int
     rows: int
     source_length: int
     max_length: int
+    decodes: bool
     memory: Memory
     model_flops: float
 
@@ -222,7 +231,7 @@ def plan_training(
 def plan_decoding(
     run: Run, topology: Topology, quick: bool = False, hbm_bytes: int | None = None
 ) -> DecodePlan:
-    """Compiles what `dslt evaluate` would decode its longest inputs with.
+    """Compiles what `dslt evaluate` would decode, or score, its longest inputs with.
 
     Of several hosts each holds the whole student and decodes rows of its own, as
     `evaluate.Decoder` has it, so these are programs of one host's chips.
@@ -239,13 +248,14 @@ def plan_decoding(
     params = jax.eval_shape(partial(t5.narrow_matrices, dtype=run.model.dtype), params)
     compile_one = partial(_compile, topology=host, mesh=mesh, quick=quick, hbm_bytes=hbm_bytes)
     memory = _decoding_memory(
-        decoder, graphdef, params, run.evaluate.decoding(), source_length, max_length, compile_one
+        decoder, graphdef, params, run.evaluate, source_length, max_length, compile_one
     )
     return DecodePlan(
         num_chips=mesh.size,
         rows=decoder.rows,
         source_length=source_length,
         max_length=max_length,
+        decodes=_decodes(run.evaluate),
         memory=memory,
         model_flops=flops.decode_flops(
             run.model, decoder.rows * source_length, decoder.rows * max_length
@@ -253,20 +263,16 @@ def plan_decoding(
     )
 
 
-def _decoding_memory(
-    decoder, graphdef, params, config, source_length: int, max_length: int, compile_one
-) -> Memory:
-    """Of one chip, at the largest of three moments.
+def _decodes(config: EvalConfig) -> bool:
+    """Whether anything is decoded, or answers of a set are scored alone."""
+    return config.answers != "likelihood" or config.with_rationales
 
-    When parameters are prepared they are there twice; later slots are there while inputs are
-    encoded, and encoded inputs wait while slots take steps.
-    """
-    mesh, where = decoder.mesh, slot_shardings(decoder.mesh)
-    rows = decoder.num_encoded(decoder.rows)
-    tokens, numbers = (
-        jax.ShapeDtypeStruct(shape, "int32", sharding=sharding.batch_sharding(mesh))
-        for shape in ((rows, source_length), (rows,))
-    )
+
+def _decoding_memory(
+    decoder, graphdef, params, config: EvalConfig, source_length: int, max_length: int, compile_one
+) -> Memory:
+    """Of one chip, at the largest of the moments that follow one another."""
+    mesh = decoder.mesh
     narrow = sharding.with_shardings(mesh, params)
     preparing = jax.jit(partial(prepare, graphdef=graphdef))
     with sharding.inside(mesh):
@@ -275,27 +281,58 @@ def _decoding_memory(
             return memory
         params = jax.eval_shape(preparing, narrow)
         params = sharding.place_abstract(params, prepared.output_shardings)
+    kinds = {"parameters": _bytes_a_chip(params)}
+    # While parameters are prepared they are there twice.
+    peak = _bytes_a_chip(narrow) + _beside_arguments(prepared)
+    programs = []  # with what is there meanwhile
+    if config.answers == "likelihood":
+        tokens = _rows_of(mesh, decoder.rows, source_length)
+        answers = _rows_of(mesh, decoder.rows, 1, config.max_label_length)  # one after the other
+        with sharding.inside(mesh):
+            scoring = decoder.score_answers.lower(params, tokens, answers, graphdef=graphdef)
+        programs.append((scoring, params))
+    if _decodes(config):
+        encoding, running, slots, sources = _lower_decoding(
+            decoder, graphdef, params, config, source_length, max_length
+        )
+        kinds["KV cache"] = _bytes_a_chip(slots.self_cache)
+        kinds["cross keys and values"] = _bytes_a_chip(slots.sources.cross)
+        # Encoded inputs wait while slots take steps; later ones are encoded beside slots.
+        programs += [(encoding, (params, slots)), (running, (params, slots, sources))]
+        # What slots have outgrown is there beside what takes its place: for longer sources three
+        # quarters at most (see `kept_length`), for longer answers a half; or all, for fewer rows.
+        outgrown = max(kinds["cross keys and values"] * 3 // 4, kinds["KV cache"] // 2)
+        beside = max(_bytes_a_chip(sources) + outgrown, _bytes_a_chip(slots) // KEPT_SHARE)
+        peak = max(peak, _bytes_a_chip((params, slots)) + beside)
+    for lowered, alive in programs:
+        compiled, memory = compile_one(lowered, kinds)
+        if not compiled:
+            return memory
+        peak = max(peak, _bytes_a_chip(alive) + _beside_arguments(compiled))
+    return Memory(kinds, max(peak, sum(kinds.values())), memory.available)
+
+
+def _lower_decoding(decoder, graphdef, params, config, source_length: int, max_length: int):
+    """What encodes inputs and what takes steps, not compiled yet, and their Slots and Sources."""
+    where = slot_shardings(decoder.mesh)
+    rows = decoder.num_encoded(decoder.rows)
+    tokens, numbers = _rows_of(decoder.mesh, rows, source_length), _rows_of(decoder.mesh, rows)
+    lengths = dict(cache_length=max_length, max_length=max_length)
+    config = config.decoding()
+    with sharding.inside(decoder.mesh):
         encode = partial(encode_sources, graphdef=graphdef)
         sources = jax.eval_shape(encode, params, tokens, numbers, numbers)
-        lengths = dict(cache_length=max_length, max_length=max_length)
         start = partial(start_empty, rows=decoder.rows, config=config, **lengths)
         slots = sharding.place_abstract(jax.eval_shape(start, sources), where)
         sources = sharding.place_abstract(sources, where.sources)
         inputs = tokens, numbers, numbers, None
         encoding = decoder.encode.lower(params, *inputs, graphdef=graphdef)
         running = decoder.run.lower(params, slots, 0, graphdef=graphdef, config=config)
-    kinds = {
-        "parameters": _bytes_a_chip(params),
-        "KV cache": _bytes_a_chip(slots.self_cache),
-        "cross keys and values": _bytes_a_chip(slots.sources.cross),
-    }
-    peak = _bytes_a_chip(narrow) + _beside_arguments(prepared)
-    for lowered, alive in ((encoding, (params, slots)), (running, (params, slots, sources))):
-        compiled, memory = compile_one(lowered, kinds)
-        if not compiled:
-            return memory
-        peak = max(peak, _bytes_a_chip(alive) + _beside_arguments(compiled))
-    return Memory(kinds, max(peak, sum(kinds.values())), memory.available)
+    return encoding, running, slots, sources
+
+
+def _rows_of(mesh, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, "int32", sharding=sharding.batch_sharding(mesh))
 
 
 def _beside_arguments(compiled) -> int:

@@ -37,10 +37,12 @@ def report_training(plan: TrainPlan) -> list[str]:
 
 def report_decoding(plan: DecodePlan) -> list[str]:
     """Lines: does decoding fit."""
-    what = f"{plan.rows} rows of {plan.source_length} tokens, up to {plan.max_length} decoded"
-    flops_line = f"  model FLOPs           {plan.model_flops:.3e} a batch, all chips"
+    does, tokens = ("decode", "decoded") if plan.decodes else ("score", "in an answer")
+    what = f"{plan.rows} rows of {plan.source_length} tokens, up to {plan.max_length} {tokens}"
+    each = "a batch" if plan.decodes else "an answer of each row"
+    flops_line = f"  model FLOPs           {plan.model_flops:.3e} {each}, all chips"
     where = f"one chip of the host's {plan.num_chips}" if plan.num_chips > 1 else "one chip"
-    return ["", f"decode, {where}: {what}", *report_memory(plan.memory), flops_line]
+    return ["", f"{does}, {where}: {what}", *report_memory(plan.memory), flops_line]
 
 
 def report_memory(memory: Memory) -> list[str]:

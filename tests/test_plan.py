@@ -8,13 +8,16 @@ import re
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from dslt import config, plan, plan_report, plan_search
 from dslt.commands.plan import batch_shape
 from dslt.core import t5
+from dslt.core.continuous import ContinuousDecoder
+from dslt.core.decode import DecodeConfig
 from dslt.core.optimizer import OptimizerConfig
-from dslt.core.sharding import MeshConfig
+from dslt.core.sharding import MeshConfig, make_mesh
 from dslt.core.t5 import T5Config
 from dslt.core.topology import GIB, parse_topology
 from dslt.evaluate import EvalConfig
@@ -135,6 +138,48 @@ def test_decoding_counts_its_cache():
     beams = plan.plan_decoding(dataclasses.replace(RUN, evaluate=beam), CPU).memory
     assert beams.kinds["KV cache"] == 3 * found.memory.kinds["KV cache"]
     assert beams.peak > found.memory.peak
+
+
+def test_where_slots_outgrow_their_sources_decoding_is_at_its_planned_peak():
+    """Cross-attention's keys, much of all here, are there in two lengths."""
+    model = dataclasses.replace(MODEL, d_kv=32, num_layers=1)
+    mesh = MeshConfig(1, 1, 1)
+    run = dataclasses.replace(RUN, model=model, mesh=mesh, max_input_length=128)
+    planned = plan.plan_decoding(run, parse_topology("cpu:1")).memory.peak
+    graphdef, params = t5.init_params(model, seed=0)
+    decoder = ContinuousDecoder(graphdef, make_mesh(mesh, jax.devices()[:1]), run.evaluate.rows)
+    before = held_bytes()
+    params = decoder.prepare(params)
+    widen, found = decoder._widen_sources, []
+
+    def widen_and_look(*args, **kwargs):
+        wider = jax.block_until_ready(widen(*args, **kwargs))
+        found.append(held_bytes() - before)
+        return wider
+
+    decoder._widen_sources = widen_and_look
+    inputs = [np.full(length, 5, np.int32) for length in (20,) * 13 + (90,) * 13 + (128,) * 13]
+    decoder(params, inputs, config=DecodeConfig(), max_length=run.evaluate.max_label_length)
+    assert 0.9 * planned < max(found) <= planned
+
+
+def held_bytes() -> int:
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_where_answers_are_scored_that_is_planned():
+    """Of longer answers the logits are most, and no cache is kept; with rationales both run."""
+    scored = dataclasses.replace(RUN.evaluate, answers="likelihood", max_label_length=256)
+    found = plan.plan_decoding(dataclasses.replace(RUN, evaluate=scored), CPU)
+    assert not found.decodes and list(found.memory.kinds) == ["parameters"]
+    logits = 7 * 256 * MODEL.vocab_size * 4  # half of the rows a device
+    assert logits < found.memory.rest < 10 * logits
+    assert "score, one chip of the host's 8: 14 rows" in "\n".join(
+        plan_report.report_decoding(found)
+    )
+    both = dataclasses.replace(scored, with_rationales=True)
+    decoded = plan.plan_decoding(dataclasses.replace(RUN, evaluate=both), CPU)
+    assert decoded.decodes and "KV cache" in decoded.memory.kinds
 
 
 def test_what_does_not_fit_is_said_and_mended_by_changes_that_were_compiled(planned):
