@@ -51,7 +51,7 @@ def score_answers(
     """
     model, layers = t5.merge_unstacked(graphdef, t5.unstack_layers(params))
     source_segments = (input_tokens != PAD_ID).astype(jnp.int32)
-    encoded = model.encode(input_tokens, source_segments)
+    encoded = model.encode(model.embed(input_tokens), source_segments)
 
     def score(targets):  # [B, T]; one answer of each row at a time, for the logits' memory
         is_target = targets != PAD_ID
@@ -65,7 +65,8 @@ def score_answers(
             decoder_loss_weights=is_target.astype(jnp.float32),
             decoder_example_ids=is_target.astype(jnp.int32),
         )
-        logits = model.logits(model.decode(encoded, batch, layers=layers))
+        embedded = model.embed(batch.decoder_input_tokens)
+        logits = model.logits(model.decode(encoded, embedded, batch, layers=layers))
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         log_probs = target_logits - jax.nn.logsumexp(logits, axis=-1)
         total = jnp.where(is_target, log_probs, 0.0).sum(-1)

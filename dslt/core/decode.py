@@ -175,7 +175,7 @@ def encode_sources(
     """
     model, layers = t5.merge_unstacked(graphdef, params)
     mask = input_tokens != PAD_ID
-    encoded = model.encode(input_tokens, mask.astype(jnp.int32))
+    encoded = model.encode(model.embed(input_tokens), mask.astype(jnp.int32))
     cross = model.cross_keys_values(encoded, layers)
     return Sources(cross, mask, numbers, start_ids, answers)
 

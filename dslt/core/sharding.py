@@ -204,13 +204,6 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*batch_spec(), *others))
 
 
-def gather_width(table: jax.Array) -> jax.Array:
-    """A table [V, D] whole along D, before a look-up of split rows; itself outside of `inside`."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return table
-    return jax.lax.with_sharding_constraint(table, PartitionSpec("tensor", None))
-
-
 def project_split(product, x: jax.Array, matrix: jax.Array, is_split_last: bool) -> jax.Array:
     """`product(x, matrix)` of split rows and a split matrix, said for each device.
 

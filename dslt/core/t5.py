@@ -30,9 +30,10 @@ from dslt.core import attention
 from dslt.core.attention import SegmentMask
 from dslt.core.batch import NUM_ROLES, Batch
 from dslt.core.dropout import dropout
+from dslt.core.embedding import look_up
 from dslt.core.keys import seeded_key
 from dslt.core.products import project
-from dslt.core.sharding import gather_again, gather_width, project_split, split_rows
+from dslt.core.sharding import gather_again, project_split, split_rows
 from dslt.errors import InputError
 
 
@@ -428,30 +429,36 @@ class T5(nnx.Module):
     def hidden(self, batch: Batch, dropout_key=None):
         """Teacher-forced: what the output layer sees, [B, T, D]."""
         encoder_key, decoder_key = _split(dropout_key, 2)
-        encoded = self.encode(batch.encoder_input_tokens, batch.encoder_segment_ids, encoder_key)
-        return self.decode(encoded, batch, decoder_key)
+        sources, targets = batch.encoder_input_tokens, batch.decoder_input_tokens
+        # At once: on a mesh the table is gathered once, and its gradient sent once.
+        embedded = self.embed(jnp.concatenate([sources, targets], axis=1))
+        sources, targets = jnp.split(embedded, [sources.shape[1]], axis=1)
+        encoded = self.encode(sources, batch.encoder_segment_ids, encoder_key)
+        return self.decode(encoded, targets, batch, decoder_key)
 
     @jax.named_scope("encoder")
-    def encode(self, tokens, segment_ids, dropout_key=None):
-        """[B, S] int32 tokens to [B, S, D]; a token attends to its own segment."""
-        bias = self.encoder.shared_bias(tokens.shape[1])
+    def encode(self, embedded, segment_ids, dropout_key=None):
+        """Embedded sources [B, S, D] to [B, S, D]; a token attends to its own segment."""
+        bias = self.encoder.shared_bias(embedded.shape[1])
         mask = SegmentMask(segment_ids, segment_ids, is_causal=False)
-        return self.encoder(self.embed(tokens), bias, mask, dropout_key=dropout_key)
+        return self.encoder(embedded, bias, mask, dropout_key=dropout_key)
 
     @jax.named_scope("decoder")
-    def decode(self, encoded, batch: Batch, dropout_key=None, layers: list[dict] | None = None):
+    def decode(
+        self, encoded, embedded, batch: Batch, dropout_key=None, layers: list[dict] | None = None
+    ):
         """[B, S, D] encodings and the batch's targets to hidden states [B, T, D].
 
         Args:
+          embedded: the decoder's inputs [B, T, D].
           layers: of `merge_unstacked`, of a model that comes from there.
         """
-        inputs, segment_ids = batch.decoder_input_tokens, batch.decoder_segment_ids
+        segment_ids = batch.decoder_segment_ids
         target_ids = segment_ids * NUM_ROLES + batch.decoder_loss_roles
-        bias = self.decoder.shared_bias(inputs.shape[1])
+        bias = self.decoder.shared_bias(embedded.shape[1])
         self_mask = SegmentMask(target_ids, target_ids, is_causal=True)
         cross_mask = SegmentMask(segment_ids, batch.encoder_segment_ids, is_causal=False)
         layer_inputs = encoded, bias, self_mask, cross_mask
-        embedded = self.embed(inputs)
         hidden = self.decoder(embedded, *layer_inputs, dropout_key=dropout_key, layers=layers)
         return self.scale_outputs(hidden)
 
@@ -494,11 +501,9 @@ class T5(nnx.Module):
         hidden, cache = self.decoder.step(self.embed(tokens), layers, cache, *inputs)
         return self.logits(self.scale_outputs(hidden)), cache
 
-    @jax.named_scope("embedding")
     def embed(self, tokens):
         """[B, N] int32 to [B, N, D]."""
-        embedded = jnp.take(gather_width(self.token_embedding[...]), tokens, axis=0)
-        return split_rows(embedded.astype(self.config.dtype))
+        return look_up(self.token_embedding[...], tokens, self.config.dtype)
 
     def scale_outputs(self, hidden):
         """The decoder's last state as the output layer takes it."""

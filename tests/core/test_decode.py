@@ -89,7 +89,7 @@ def test_cached_logits_equal_teacher_forced_logits(student, build_batch, cache_l
     def both(params):
         model = nnx.merge(graphdef, params)
         layers = t5.unstack_layers(params)["decoder"]["layers"]
-        encoded = model.encode(sources, (sources != PAD_ID).astype(jnp.int32))
+        encoded = model.encode(model.embed(sources), (sources != PAD_ID).astype(jnp.int32))
         shape = (3, SHAPE["num_heads"], cache_length, SHAPE["d_kv"])
         cache = [
             t5.LayerCache(jnp.zeros(shape), jnp.zeros(shape), *cross)
