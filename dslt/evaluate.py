@@ -37,8 +37,10 @@ from dslt.records import (
     write_rows,
 )
 from dslt.workdir import (
+    OVERRIDES,
     RunDir,
     best_row,
+    judged_alike,
     judged_steps,
     read_json_rows,
     write_json,
@@ -332,10 +334,11 @@ def evaluate_run(
     decode_text: Callable[[Sequence[int]], str],
     answer_sets: Sequence[AnswerSet] | None = None,
     rationale_start_id: int = PAD_ID,
+    overrides: str = "",
     follow: bool = False,
     steps: Sequence[int] | None = None,
 ) -> list[dict]:
-    """Judges every checkpoint that has not been judged yet, and keeps the best on validation.
+    """Judges every checkpoint that has not been judged so yet, and keeps the best on validation.
 
     Several processes share the inputs (see `Decoder`), and process 0 alone writes.
 
@@ -344,6 +347,8 @@ def evaluate_run(
       decode_text: tokens before EOS to text.
       answer_sets: of each example, unless `config.answers` is `open`.
       rationale_start_id: the decoder's first input where a rationale is asked for.
+      overrides: what of the run's own settings is otherwise; its row says so, and it is compared
+        with rows that say the same.
       follow: wait for further checkpoints until training has finished or was stopped, or has given
         no sign of life for `config.give_up_secs`.
       steps: judge these checkpoints instead, again if need be. A damaged or missing one is an error
@@ -358,7 +363,7 @@ def evaluate_run(
     is_asked_for = steps is not None
     if steps is None:
         splits = labelled_splits(each.example for each in examples)
-        steps = _unjudged_steps(run, config, splits, follow)
+        steps = _unjudged_steps(run, config, splits, overrides, follow)
     for step in _share_steps(steps):
         started_secs = time.perf_counter()
         problem = ""
@@ -384,6 +389,7 @@ def evaluate_run(
         )
         values = {"step": step} | score(predictions)
         values["secs"] = round(time.perf_counter() - started_secs, 3)
+        values |= {OVERRIDES: overrides} if overrides else {}
         if distributed.is_main():
             with signals.deferred():
                 _write_evaluation(run, decoder, predictions, values)
@@ -414,12 +420,12 @@ def describe(values: dict) -> str:
 
 
 def _unjudged_steps(
-    run: RunDir, config: EvalConfig, splits: set[str], follow: bool
+    run: RunDir, config: EvalConfig, splits: set[str], overrides: str, follow: bool
 ) -> Iterator[int]:
-    """Steps of checkpoints that were not judged on each of the splits, ascending; waits for more
-    if it is to follow.
+    """Steps of checkpoints that were not judged so on each of the splits, ascending; waits for
+    more if it is to follow.
     """
-    seen = judged_steps(read_json_rows(run.evaluations), splits)
+    seen = judged_steps(judged_alike(read_json_rows(run.evaluations), overrides), splits)
     silence = Silence(run)
     while True:
         # asked before the listing, so that no last checkpoint is missed
@@ -490,12 +496,13 @@ def _write_evaluation(
 ) -> None:
     """Writes what became of a step, its row last; where it is the best, its parameters too.
 
-    Of a step that is judged again, what is known of other splits stays.
+    Of a step that is judged again, likewise, what is known of other splits stays.
     """
     step = values["step"]
     path = run.evaluation(step) / "predictions.jsonl"
     rows = {row["step"]: row for row in read_json_rows(run.evaluations)}
-    if step in rows and path.exists():
+    is_alike = rows.get(step, {}).get(OVERRIDES) == values.get(OVERRIDES)
+    if step in rows and is_alike and path.exists():
         judged = {prediction.split for prediction in predictions}
         others = [p for p in read_predictions(path) if p.split not in judged]
         predictions = [*predictions, *others]
@@ -504,17 +511,17 @@ def _write_evaluation(
     write_rows(path, predictions)
     write_json(run.evaluation(step) / "metrics.json", values)
     rows = [row for row in rows.values() if row["step"] != step] + [values]
-    best = best_row(rows)
+    best, held = best_row(rows), finished_steps(run.best)
     if best is values:
         _keep_as_best(run, decoder, step)
-    elif best and finished_steps(run.best) == [step]:  # judged again, and worse
+    elif best and held and held != [best["step"]]:  # judged again: worse, or with other settings
         if best["step"] in finished_steps(run.checkpoints):
             decoder.load_step(run.checkpoints, best["step"])
             _keep_as_best(run, decoder, best["step"])
         else:
             print(
                 f"warning: step {best['step']} is the best on validation now, but its checkpoint "
-                f"is gone; {run.best} still holds step {step}"
+                f"is gone; {run.best} still holds step {held[-1]}"
             )
     write_json_rows(run.evaluations, sorted(rows, key=lambda row: row["step"]))
 

@@ -37,6 +37,7 @@ from dslt.errors import InputError
 from dslt.files import lock_file, naming_full_disk, replacing, write_text
 
 HEARTBEAT_SECS = 10.0
+OVERRIDES = "overrides"  # in a row of evaluations.jsonl: how it was judged, unlike the run's config
 
 _VERSIONED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 
@@ -398,14 +399,26 @@ def parse_json_rows(content: bytes, path: Path | str) -> list[dict]:
 
 
 def _is_row(value) -> bool:
-    is_of_numbers = isinstance(value, dict) and all(type(x) in (int, float) for x in value.values())
-    return is_of_numbers and type(value.get("step")) is int
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return False
+    texts = [name for name, x in value.items() if type(x) not in (int, float)]
+    return not texts or (texts == [OVERRIDES] and type(value[OVERRIDES]) is str)
 
 
 def best_row(rows: Sequence[dict]) -> dict | None:
-    """The row with the highest validation accuracy, the earliest of equals; test plays no role."""
+    """The row with the highest validation accuracy, the earliest of equals; test plays no role.
+
+    Of rows that were judged with unlike settings those count that are like the newest.
+    """
     judged = [row for row in rows if "validation/accuracy" in row]
-    return max(judged, key=lambda row: (row["validation/accuracy"], -row["step"]), default=None)
+    newest = max(judged, key=lambda row: row["step"], default={})
+    alike = judged_alike(judged, newest.get(OVERRIDES, ""))
+    return max(alike, key=lambda row: (row["validation/accuracy"], -row["step"]), default=None)
+
+
+def judged_alike(rows: Sequence[dict], overrides: str) -> list[dict]:
+    """The rows that were judged with these overrides of the run's own settings."""
+    return [row for row in rows if row.get(OVERRIDES, "") == overrides]
 
 
 def judged_steps(rows: Sequence[dict], splits: Collection[str]) -> set[int]:

@@ -22,11 +22,25 @@ USED_OF_DATA = (
 )
 
 
+# Overrides that change no answer; of moved records train's digests tell.
+NO_EFFECT_ON_ANSWERS = (
+    "evaluate.EvalConfig.splits",
+    "evaluate.EvalConfig.rows",
+    "evaluate.EvalConfig.with_rationales",
+    "evaluate.EvalConfig.max_rationale_length",
+    "evaluate.EvalConfig.poll_secs",
+    "evaluate.EvalConfig.silence_secs",
+    "evaluate.EvalConfig.give_up_secs",
+    "pipeline.DataConfig.records",
+    "pipeline.DataConfig.input_prefix_rationale",
+)
+
+
 def add(commands) -> None:
     command = add_command(commands, "evaluate", evaluate, "judge checkpoints, or predictions again")
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--run_dir", help="judges its checkpoints that were not judged yet; or its URL"
+        "--run_dir", help="judges its checkpoints that were not judged so yet; or its URL"
     )
     source.add_argument("--predictions", help="a predictions.jsonl to score again, without a model")
     command.add_argument(
@@ -61,7 +75,7 @@ def evaluate_here(args) -> int | None:
         return None
     from dslt import distributed
     from dslt import evaluate as judge
-    from dslt.workdir import RunDir
+    from dslt.workdir import OVERRIDES, RunDir, judged_alike
 
     run = RunDir(Path(args.run_dir))
     with contextlib.ExitStack() as stack:
@@ -81,6 +95,10 @@ def evaluate_here(args) -> int | None:
     else:
         print(f"best on validation: {judge.describe(best)}")
         print(f"predictions: {run.evaluation(best['step']) / 'predictions.jsonl'}")
+        alike = judged_alike(rows, best.get(OVERRIDES, ""))
+        others = ", ".join(str(row["step"]) for row in rows if row not in alike)
+        if others:
+            print(f"judged with other settings, and not compared: step {others}")
     return 1 if args.follow and distributed.share(run.state() == "running") else 0
 
 
@@ -91,7 +109,13 @@ def judge_run(run, args) -> list[dict]:
     from dslt.data.vocabulary import check_embedded, load_vocabulary
 
     configs = config.parse([str(run.config)], args.gin)
-    check_overrides(config.find_changes(config.parse([str(run.config)]), configs))
+    changes = config.find_changes(config.parse([str(run.config)]), configs)
+    check_overrides(changes)
+    overrides = "; ".join(
+        f"{change.name} = {change.now!r}"
+        for change in changes
+        if not change.name.startswith("sharding.") and change.name not in NO_EFFECT_ON_ANSWERS
+    )
     layout, max_target_length = configs.data.target_layout, configs.data.max_target_length
     eval_config, read_answer = answer_reader(configs.evaluate, layout, max_target_length)
     vocabulary = load_vocabulary(run.vocabulary)
@@ -116,6 +140,7 @@ def judge_run(run, args) -> list[dict]:
         decode_text=lambda tokens: read_answer(vocabulary.decode(tokens)),
         rationale_start_id=configs.data.rationale_start_id,
         answer_sets=answer_sets,
+        overrides=overrides,
         follow=args.follow,
         steps=args.step,
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dslt.errors import InputError
 from dslt.records import Prediction, read_predictions
-from dslt.workdir import RunDir, best_row
+from dslt.workdir import OVERRIDES, RunDir, best_row
 
 EXPERIMENT = "experiment.json"
 # Any of these makes a directory a run's.
@@ -186,7 +186,8 @@ def read_config(path: Path) -> dict:
 
 
 def read_numbers(path: Path, problems: list[str]) -> list[dict[str, float]]:
-    """Rows of a JSONL file, of each its numbers up to MAX_NUMBER; a row needs a `step` above 0.
+    """Rows of a JSONL file, of each its numbers up to MAX_NUMBER, and what `best_row` compares by;
+    a row needs a `step` above 0.
 
     A last line without its newline was cut off by a kill and is left out.
     """
@@ -204,6 +205,7 @@ def read_numbers(path: Path, problems: list[str]) -> list[dict[str, float]]:
         try:
             found = json.loads(line)
             row = {name: value for name, value in found.items() if _is_number(value)}
+            row |= {OVERRIDES: str(found[OVERRIDES])} if OVERRIDES in found else {}
             rows[int(row["step"])] = row
         except (ValueError, RecursionError, AttributeError, KeyError):
             broken.append(number)

@@ -134,6 +134,30 @@ def test_a_best_checkpoint_judged_again_and_worse_gives_way(run, tmp_path, capsy
     assert f"but its checkpoint is gone; {copy.best} still holds" in capsys.readouterr().out
 
 
+def test_checkpoints_judged_with_other_settings_are_compared_with_one_another(
+    run, tmp_path, capsys
+):
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(run.path, copy.path)
+    before = [row | {"secs": 0} for row in read_json_rows(copy.evaluations)]
+    plain = ["evaluate", "--run_dir", str(copy.path)]
+    override = "evaluate.EvalConfig.max_label_length = 1"
+    assert main([*plain, "--step", "3", "--gin", override]) == 0
+    assert [row.get("overrides") for row in read_json_rows(copy.evaluations)] == [override, None]
+    assert finished_steps(copy.best) == [6]
+    said = capsys.readouterr().out
+    assert "best on validation: step 6" in said
+    assert "judged with other settings, and not compared: step 3" in said
+    assert main([*plain, "--gin", override]) == 0
+    rows = read_json_rows(copy.evaluations)
+    assert [row["overrides"] for row in rows] == [override] * 2
+    assert "not compared" not in capsys.readouterr().out
+    assert finished_steps(copy.best) == [judging.best_row(rows)["step"]]
+    assert main(plain) == 0
+    assert [row | {"secs": 0} for row in read_json_rows(copy.evaluations)] == before
+    assert finished_steps(copy.best) == finished_steps(run.best)
+
+
 def test_an_override_of_what_evaluation_does_not_use_is_refused(run, records, capsys):
     of_data = (f"records = ({str(records)!r},)", "max_input_length = 99", "batch_examples = 7")
     bindings = [

@@ -159,6 +159,17 @@ def test_the_best_row_is_chosen_by_validation_alone():
     ]
     assert best_row(rows)["step"] == 2
     assert best_row(rows[3:]) is None
+    otherwise = {"step": 2, "validation/accuracy": 1.0, "overrides": "answers = 'likelihood'"}
+    assert best_row([rows[0], otherwise, rows[2]])["step"] == 3
+    assert best_row([*rows[:3], otherwise | {"step": 5}])["step"] == 5
+
+
+def test_rows_judged_with_other_settings_are_not_compared(tmp_path):
+    path = make_run(tmp_path / "run", make_rows(0, 0.5))
+    better = {"step": 100, "validation/accuracy": 1.0, "overrides": "max_label_length = 1"}
+    newest = {"step": 200, "validation/accuracy": 0.1}
+    (path / "evaluations.jsonl").write_text(f"{json.dumps(better)}\n{json.dumps(newest)}\n")
+    assert read_run(path, "run").best_step == 200
 
 
 def test_numbers_that_are_none_are_left_out(tmp_path):
