@@ -248,16 +248,20 @@ def describe_steps(
 
 
 def _decode_jobs(configs, inputs: Sequence[EvalInput]) -> Iterator[DecodeJob]:
-    """The labels and the rationales of these inputs."""
-    evaluate = configs.evaluate
+    """The labels and the rationales of these inputs, or both where they are one target."""
+    evaluate, data = configs.evaluate, configs.data
     labels = [each.label_input_tokens for each in inputs]
+    if data.target_layout != "label":
+        length = max(evaluate.max_label_length, data.max_target_length)
+        yield DecodeJob("answers", labels, evaluate.rows, length, PAD_ID)
+        return
     yield DecodeJob("labels", labels, evaluate.rows, evaluate.max_label_length, PAD_ID)
     yield DecodeJob(
         "rationales",
         [each.rationale_input_tokens for each in inputs],
         evaluate.rows,
         evaluate.max_rationale_length,
-        configs.data.rationale_start_id,
+        data.rationale_start_id,
     )
 
 

@@ -48,7 +48,7 @@ class BatchShape:
     Attributes:
       rows, source_length, target_length: of the packed rows, before rows are added for the devices.
       examples: a step, each with its label and perhaps its rationale.
-      fill: the share of the cells that hold tokens, in [0, 1].
+      source_fill, target_fill: the share of their cells that hold tokens, in [0, 1].
       origin: where these numbers come from.
     """
 
@@ -56,7 +56,8 @@ class BatchShape:
     source_length: int
     target_length: int
     examples: int
-    fill: float
+    source_fill: float
+    target_fill: float
     origin: str
 
     def scaled(self, examples: int) -> "BatchShape":
@@ -219,8 +220,8 @@ def plan_training(
         memory=memory,
         model_flops=flops.train_step_flops(
             run.model,
-            shape.fill * shape.rows * shape.source_length,
-            shape.fill * shape.rows * shape.target_length,
+            shape.source_fill * shape.rows * shape.source_length,
+            shape.target_fill * shape.rows * shape.target_length,
         ),
         traced_flops=flops.traced_flops(traced.jaxpr.jaxpr),
         collectives=hlo.find_collectives(text, mesh.shape),

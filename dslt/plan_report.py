@@ -9,11 +9,12 @@ from dslt.plan_search import Trial
 def report_training(plan: TrainPlan) -> list[str]:
     """Lines: does it fit, what it computes, what it sends, what bounds it."""
     shape, topology = plan.run.shape, plan.topology
+    fill = " and ".join(f"{share:.2f}" for share in (shape.source_fill, shape.target_fill))
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh_shape.items() if size > 1)
     lines = [
         f"topology    {topology}: {topology.num_chips} chips, mesh {mesh or 'of one device'}",
         f"batch       {shape.examples} examples in {plan.rows} rows of {shape.source_length} and "
-        f"{shape.target_length} tokens, fill {shape.fill:.2f} ({shape.origin})",
+        f"{shape.target_length} tokens, fill {fill} ({shape.origin})",
     ]
     if topology.chip.is_estimate:
         lines.append(

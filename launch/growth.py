@@ -53,7 +53,8 @@ def compile_case(
     """One plan, compiled with little effort."""
     configs = config.parse(GIN_FILES)
     model = dataclasses.replace(configs.model, num_layers=layers, num_decoder_layers=layers)
-    shape = BatchShape(rows, source_length, target_length, rows // 2, 1.0, Path(__file__).name)
+    name = Path(__file__).name
+    shape = BatchShape(rows, source_length, target_length, rows // 2, 1.0, 1.0, name)
     run = Run(
         train=configs.train,
         model=model,

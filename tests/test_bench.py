@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
 from dslt.data.vocabulary import ByteVocabulary
 from dslt.errors import InputError
+from dslt.evaluate import EvalConfig
 from dslt.main import main
 from dslt.train import TrainConfig
 
@@ -91,6 +93,22 @@ def test_instructions_are_counted_where_they_were_traced():
         "dot.6": "output_layer",
         "fusion.7": "norm",
     }
+
+
+@pytest.mark.parametrize(
+    ("layout", "jobs"),
+    [("label", [("labels", 4), ("rationales", 8)]), ("rationale_label", [("answers", 16)])],
+)
+def test_what_a_student_answers_with_is_decoded(layout, jobs):
+    """Where label and rationale are one target, as `dslt evaluate` does it: that text alone."""
+    configs = types.SimpleNamespace(
+        evaluate=EvalConfig(max_label_length=4, max_rationale_length=8),
+        data=types.SimpleNamespace(
+            target_layout=layout, max_target_length=16, rationale_start_id=0
+        ),
+    )
+    found = bench._decode_jobs(configs, [])
+    assert [(job.name, job.max_length) for job in found] == jobs
 
 
 def test_attention_for_another_kind_of_device_is_refused(batches):

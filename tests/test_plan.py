@@ -36,7 +36,9 @@ RUN = plan.Run(
     mesh=MeshConfig(data=1, fsdp=8),
     evaluate=EvalConfig(rows=13, max_label_length=8),
     max_input_length=40,
-    shape=plan.BatchShape(16, 24, 12, examples=32, fill=0.5, origin="as given"),
+    shape=plan.BatchShape(
+        16, 24, 12, examples=32, source_fill=0.5, target_fill=0.5, origin="as given"
+    ),
 )
 BASE_SLICE = ["runs/step_by_step.gin", "settings/paper.gin", "slices/t5_v1_1_base_v5e_2x2.gin"]
 
@@ -65,11 +67,20 @@ def test_kinds_of_memory_are_those_of_the_shardings_and_sum_to_the_peak(planned)
 
 
 def test_flops_are_those_of_real_tokens_and_of_all_of_them(planned):
-    full = dataclasses.replace(RUN, shape=dataclasses.replace(RUN.shape, fill=1.0))
+    full = dataclasses.replace(
+        RUN, shape=dataclasses.replace(RUN.shape, source_fill=1.0, target_fill=1.0)
+    )
     from_formula = plan.flops.train_step_flops(MODEL, 16 * 24, 16 * 12)
     assert planned.model_flops == from_formula / 2
     assert plan.plan_training(full, CPU).model_flops == from_formula
     assert planned.traced_flops > from_formula  # attention scores too
+
+
+def test_sources_and_targets_are_filled_each_to_its_share():
+    shape = dataclasses.replace(RUN.shape, source_fill=0.75, target_fill=0.25)
+    found = plan.plan_training(dataclasses.replace(RUN, shape=shape), CPU)
+    assert found.model_flops == plan.flops.train_step_flops(MODEL, 16 * 18, 16 * 3)
+    assert "fill 0.75 and 0.25 (as given)" in "\n".join(plan_report.report_training(found))
 
 
 def test_collectives_span_the_axis_that_splits(planned):
@@ -241,7 +252,7 @@ def test_the_command_on_host_devices(capsys):
     tiny += ["--gin", "pipeline.DataConfig.max_input_length = 32"]
     assert main([*FACTS, "--topology", "cpu:8", *shape, *tiny]) == 0
     text = capsys.readouterr().out
-    assert "32 examples in 8 rows of 32 and 16 tokens, fill 1.00 (as given)" in text
+    assert "32 examples in 8 rows of 32 and 16 tokens, fill 1.00 and 1.00 (as given)" in text
     assert re.search(r"all-reduce +data ", text)
     assert text.count(": fits") == 2  # the step and the decode loop
 
@@ -332,7 +343,13 @@ def plan_base_slice(*overrides: str) -> plan.TrainPlan:
         configs.evaluate,
         data.max_input_length,
         plan.BatchShape(
-            rows, data.max_input_length, data.max_target_length, data.batch_examples, 1.0, "full"
+            rows,
+            data.max_input_length,
+            data.max_target_length,
+            data.batch_examples,
+            1.0,
+            1.0,
+            "full",
         ),
     )
     return plan.plan_training(run, parse_topology("v5e:2x2"), quick=True)

@@ -102,7 +102,8 @@ def batch_shape(args, configs):
             or data.target_length
             or data.max_target_length * roles // sources,
             examples=examples,
-            fill=args.fill or 1.0,
+            source_fill=args.fill or 1.0,
+            target_fill=args.fill or 1.0,
             origin=origin,
         )
 
@@ -119,9 +120,12 @@ def batch_shape(args, configs):
         stream = TrainStream(data, vocabulary, seed=configs.train.seed, use_rationales=roles == 2)
         fill = stream.fill()
     found = stream.row_shape
-    share = (fill.source * found.source_length + fill.target * found.target_length) / (
-        found.source_length + found.target_length
-    )
     return BatchShape(
-        found.rows, found.source_length, found.target_length, examples, share, "from the records"
+        found.rows,
+        found.source_length,
+        found.target_length,
+        examples,
+        fill.source,
+        fill.target,
+        "from the records",
     )
