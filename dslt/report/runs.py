@@ -7,6 +7,7 @@ the report, everything that keeps a run out of the comparison is a sentence in i
 """
 
 import ast
+import collections
 import dataclasses
 import json
 import re
@@ -33,7 +34,8 @@ class Run:
     """What one run left behind.
 
     Attributes:
-      name: its path below the directory that was given.
+      name: its path below the directory that was given, and of what is above it as much as tells it
+        from the other runs.
       path: its directory.
       settings: `method`, `fraction`, `model`, `seed`, `rationale_weight` and whatever else
         experiment.json says; from the run's config where it says nothing.
@@ -89,8 +91,8 @@ def find_runs(
     Raises:
       InputError: a path is no directory, or there is no run at all.
     """
-    found: dict[Path, str] = {}
-    passed_over = []
+    names: dict[Path, str] = {}
+    reasons: dict[Path, str] = {}
     for given in paths:
         path = RunDir(given).path  # refuses gs://
         if not path.is_dir():
@@ -102,19 +104,33 @@ def find_runs(
             name = printable(directory.resolve().name if directory == path else str(inside))
             if len(paths) > 1 and directory != path:
                 name = f"{printable(path.name)}/{name}"
-            if has_run:
-                found.setdefault(directory.resolve(), name)
-            else:
+            names.setdefault(directory.resolve(), name)
+            if not has_run:
                 is_empty = not any(directory.iterdir())
                 files = ", ".join(RUN_FILES)
-                passed_over.append((name, "is empty" if is_empty else f"has none of {files}"))
-    if not found:
+                reasons[directory.resolve()] = "is empty" if is_empty else f"has none of {files}"
+    names = _tell_apart(names)
+    runs = [read_run(path, name) for path, name in names.items() if path not in reasons]
+    if not runs:
         raise InputError(
             f"{', '.join(map(str, paths))}: holds no run; expected directories of `dslt train` "
             f"(with one of {', '.join(RUN_FILES)})"
         )
-    runs = [read_run(path, name) for path, name in found.items()]
-    return sorted(runs, key=lambda run: _natural(run.name)), sorted(set(passed_over))
+    passed_over = sorted((names[path], reason) for path, reason in reasons.items())
+    return sorted(runs, key=lambda run: _natural(run.name)), passed_over
+
+
+def _tell_apart(names: Mapping[Path, str]) -> dict[Path, str]:
+    """The names of directories; those of several become the ends of their paths that differ."""
+    names = dict(names)
+    for length in range(2, max((len(path.parts) for path in names), default=0) + 1):
+        counts = collections.Counter(names.values())
+        names |= {
+            path: printable(str(Path(*path.parts[-length:])))
+            for path, name in names.items()
+            if counts[name] > 1
+        }
+    return names
 
 
 def _walk(path: Path) -> Iterator[tuple[Path, bool]]:

@@ -32,6 +32,20 @@ def test_a_run_given_twice_is_read_once(tmp_path):
     assert [run.name for run in find_runs([run, tmp_path, run])[0]] == ["run"]
 
 
+def test_runs_whose_paths_end_alike_are_told_apart(tmp_path):
+    for name in ("monday/runs/a", "tuesday/runs/a", "tuesday/runs/b"):
+        make_run(tmp_path / name)
+    (tmp_path / "monday/runs/none").mkdir()
+    (tmp_path / "tuesday/runs/none").mkdir()
+    runs = [tmp_path / "monday/runs/a", tmp_path / "tuesday/runs/a", tmp_path / "tuesday/runs/b"]
+    expected = ["b", "monday/runs/a", "tuesday/runs/a"]
+    assert [run.name for run in find_runs(runs)[0]] == expected
+    found, passed_over = find_runs([tmp_path / "monday/runs", tmp_path / "tuesday/runs"])
+    assert [run.name for run in found] == ["monday/runs/a", "runs/b", "tuesday/runs/a"]
+    assert all(str(run.path).endswith(run.name) for run in found)
+    assert [name for name, _ in passed_over] == ["monday/runs/none", "tuesday/runs/none"]
+
+
 @pytest.mark.parametrize("name", ["missing", "empty"])
 def test_where_there_is_no_run_it_is_said(tmp_path, name):
     (tmp_path / "empty").mkdir()
