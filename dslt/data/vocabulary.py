@@ -279,6 +279,8 @@ def _train_unigram(lines: Sequence[str], size: int, candidates: str) -> bytes:
         vocab_size=size,
         hard_vocab_limit=False,
         character_coverage=1.0,
+        # What is longer is passed over without a word; 4,192 bytes unless told.
+        max_sentence_length=max([1, *(len(line.encode()) for line in lines)]),
         pad_id=PAD_ID,
         eos_id=EOS_ID,
         unk_id=UNK_ID,

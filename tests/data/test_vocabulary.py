@@ -97,6 +97,11 @@ def test_line_breaks_in_training_texts_count_as_spaces(tmp_path):
     assert spaced.digest == broken.digest
 
 
+def test_long_training_texts_count(tmp_path):
+    vocabulary = train_sentencepiece([*TEXTS, "ann has ж . " * 600], 60, tmp_path / "a.model")
+    assert vocabulary.unk_id not in vocabulary.encode("ж")
+
+
 def test_tokenizer_appends_no_eos_and_counts_added_tokens(tokenizer_dir):
     vocabulary = load_vocabulary(tokenizer_dir)
     assert isinstance(vocabulary, TokenizerVocabulary)
