@@ -150,7 +150,8 @@ def check_run(run: RunDir, configs: Configs) -> list[Change]:
       What differs and may: the run goes on with it.
 
     Raises:
-      InputError: the directory is of a run with another config; the difference is shown.
+      InputError: the directory is of a run with another config; the difference is shown. Or its
+        config.gin is of no run.
     """
     if not run.has_checkpoints():
         every = configs.train.save_every_steps
@@ -158,6 +159,14 @@ def check_run(run: RunDir, configs: Configs) -> list[Change]:
             raise InputError(
                 f"{run.path}: holds an earlier training, and its checkpoints are gone; restore "
                 "them from a copy, or choose another --run_dir to begin anew"
+            )
+        # A start that was cut off may have left the config alone, but then the same.
+        is_alone = run.config.exists() and not run.info.exists()
+        if is_alone and _read(run.config) != configs.text:
+            raise InputError(
+                f"{run.config}: there is no run.json beside it, so it is no run's, and the run's "
+                "own config would replace it; choose another --run_dir, or another name for the "
+                "file"
             )
         return []
     if not run.config.exists():

@@ -176,6 +176,18 @@ def test_a_start_that_failed_may_be_mended(records, tmp_path, capsys):
     assert "holds an earlier training" in capsys.readouterr().err
 
 
+def test_a_users_own_config_is_not_replaced_by_a_runs(records, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = Path("config.gin")
+    text = "include 'runs/step_by_step.gin'\n"
+    own.write_text(text)
+    args = train_args(records, Path("."))
+    assert main(["train", str(own), *args[2:]]) == 2
+    assert "config.gin: there is no run.json beside it" in capsys.readouterr().err
+    assert main(args) == 2 and own.read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".train.lock", "config.gin"]
+
+
 def test_what_devices_cannot_do_is_refused_before_anything_is_written(
     undisturbed, records, tmp_path, capsys
 ):
