@@ -206,7 +206,7 @@ def _training_table(info: dict, settings: dict, step: int | None) -> list[str]:
         "method": UNKNOWN if weight == UNKNOWN else _method(weight != 0, settings),
         "λ (rationale_weight)": weight,
         "share of the train split": setting("pipeline.DataConfig.train_fraction"),
-        "starts from": setting("train.TrainConfig.init_from") or "random weights",
+        "starts from": _start(info) or setting("train.TrainConfig.init_from") or "random weights",
         "parameters": info.get("num_params", UNKNOWN),
         "checkpoint": UNKNOWN if step is None else f"step {step}",
         "examples a step": setting("pipeline.DataConfig.batch_examples"),
@@ -217,6 +217,11 @@ def _training_table(info: dict, settings: dict, step: int | None) -> list[str]:
     }
     lines = [f"| {escape(key)} | {escape(value)} |" for key, value in rows.items()]
     return ["| | |", "|---|---|", *lines]
+
+
+def _start(info: dict) -> str | None:
+    branch = info.get("branched_from")
+    return branch and f"step {branch['step']} of {branch['checkpoints']}"
 
 
 def _method(has_rationale_task: bool, settings: dict) -> str:

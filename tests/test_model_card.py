@@ -74,6 +74,12 @@ def test_the_card_tells_methods_and_shares_of_the_data_apart(run, weight, settin
     assert expected in write_card("student", run, 5, StudentFormat())
 
 
+def test_the_card_of_a_branch_says_where_it_branched(run):
+    run.update_info(branched_from={"checkpoints": "runs/first", "step": 30})
+    card = write_card("student", run, 5, StudentFormat())
+    assert "| starts from | step 30 of runs/first |" in card and "random weights" not in card
+
+
 def test_what_nobody_knows_is_unknown(run):
     card = write_card("student", None, None, StudentFormat())
     assert card.count(UNKNOWN) > 8 and "model-index" not in card
