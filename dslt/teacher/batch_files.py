@@ -5,12 +5,14 @@ May import dslt.errors. A request line is `{"custom_id", "method", "url", "body"
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dslt.errors import InputError
+from dslt.files import replacing
 from dslt.records import raise_problems, read_json_lines
 from dslt.teacher.questions import Request
 from dslt.teacher.responses import parse_response
@@ -49,9 +51,11 @@ def write_batch(requests: Iterable[Request], path: str) -> list[Path]:
     for each in paths:
         if each.exists():
             raise InputError(f"{each}: is there already and stays; choose another name")
-    base.parent.mkdir(parents=True, exist_ok=True)
-    for each, part in zip(paths, parts, strict=True):
-        each.write_text("".join(part), encoding="utf-8")
+    with contextlib.ExitStack() as stack:  # all of them or none
+        files = [stack.enter_context(replacing(each)) for each in paths]
+        for file, part in zip(files, parts, strict=True):
+            file.write("".join(part))
+            file.flush()
     return paths
 
 

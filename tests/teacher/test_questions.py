@@ -6,6 +6,7 @@ import pytest
 
 from dslt.errors import InputError
 from dslt.records import MAX_WEIGHT, Example
+from dslt.teacher import batch_files
 from dslt.teacher.batch_files import read_batch, write_batch
 from dslt.teacher.panel import read_teachers
 from dslt.teacher.prompts import load_prompt
@@ -97,6 +98,17 @@ def result(key, text="Why. So the answer is neutral.", status=200):
     message = {"message": {"content": text}, "finish_reason": "stop"}
     body = {"model": "m-1", "choices": [message], "usage": {"prompt_tokens": 3}}
     return {"custom_id": key, "response": {"status_code": status, "body": body}, "error": None}
+
+
+def test_the_files_of_a_batch_appear_whole_or_not_at_all(small_disk, monkeypatch):
+    monkeypatch.setattr(batch_files, "MAX_REQUESTS", 10)
+    disk, resize = small_disk("8k")
+    questions = plan_questions(EXAMPLES, range(20), dataclasses.replace(TEACHER, samples=1))
+    with pytest.raises(InputError, match="disk is full"):
+        write_batch(to_requests(questions), str(disk / "requests.jsonl"))
+    assert list(disk.iterdir()) == [] and resize("1m")
+    paths = write_batch(to_requests(questions), str(disk / "requests.jsonl"))
+    assert sorted(disk.iterdir()) == paths and len(paths) == 2
 
 
 def test_batch_results_come_back_in_any_order_and_in_parts(tmp_path):
