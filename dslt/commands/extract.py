@@ -2,7 +2,7 @@
 
 import argparse
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 from dslt import strict_json
@@ -30,6 +30,12 @@ def add(commands) -> None:
     )
     command.add_argument("--teacher", default="none", choices=("none", *KINDS))
     command.add_argument("--output_dir", required=True, help="where records.jsonl goes")
+    add_problem_flags(command)
+    for add_flags in TEACHER_FLAGS:
+        add_flags(command)
+
+
+def add_problem_flags(command) -> None:
     command.add_argument("--data_dir", help="the released layout's directory, or TFDS's")
     command.add_argument("--tfds", action="store_true", help="read the problems through tfds.load")
     command.add_argument("--seed", type=natural, default=0, help="of problems and held-out rows")
@@ -56,9 +62,6 @@ def add(commands) -> None:
     table.add_argument("--id_column")
     table.add_argument("--split_column", help="train, validation or test in each row")
     table.add_argument("--answer_form", default="text", choices=("text", "equation"))
-
-    for add_flags in TEACHER_FLAGS:
-        add_flags(command)
 
 
 def add_scripted_flags(command) -> None:
@@ -175,6 +178,27 @@ USED_BY = {
         ("endpoint",),
     ),
 }  # fmt: skip
+# Sources of problems, and what asks for each.
+SOURCES = {
+    "table": "--input_file",
+    "embedded": "an embedded dataset",
+    "TFDS": "a dataset of TFDS",
+    "released": "one of the released layout",
+}
+# Of the problems' flags what not every source uses, and those that do.
+READ_BY = {
+    "data_dir": ("TFDS", "released"),
+    "tfds": ("TFDS",),
+    "validation_fraction": ("table", "TFDS", "released"),
+    **dict.fromkeys(("train", "validation", "test", "facts"), ("embedded",)),
+    **dict.fromkeys(
+        (
+            "input_file", "input_column", "label_column", "rationale_column", "id_column",
+            "split_column", "answer_form",
+        ),
+        ("table",),
+    ),
+}  # fmt: skip
 # With one of these nothing is sent.
 SILENT_FLAGS = ("offline", "merge_from", "write_batch", "read_batch")
 
@@ -182,7 +206,7 @@ SILENT_FLAGS = ("offline", "merge_from", "write_batch", "read_batch")
 def extract(args) -> int | None:
     """Asks what is not answered yet, writes the records, and prints what became of everything."""
     is_unexplained = args.teacher == "none" and not args.teachers
-    changed = changed_teacher_flags(args)
+    changed = changed_flags(args, TEACHER_FLAGS)
     if is_unexplained and changed:
         raise InputError(
             f"{', '.join(changed)} given, but no teacher; expected --teacher endpoint, scripted or "
@@ -196,6 +220,7 @@ def extract(args) -> int | None:
             "would replace the table's; expected one of the two, so leave --rationale_column or "
             "the teacher out"
         )
+    refuse_unread(args, entries)
     if args.tfds:
         from dslt.data.datasets import DATASET_OF_TFDS_NAME
 
@@ -207,10 +232,10 @@ def extract(args) -> int | None:
     return ask(args, examples, entries)
 
 
-def changed_teacher_flags(args) -> list[str]:
-    """Those of TEACHER_FLAGS that are not at their defaults."""
+def changed_flags(args, groups: Iterable[Callable]) -> list[str]:
+    """Those of the flags which `groups` add that are not at their defaults."""
     parser = argparse.ArgumentParser()
-    for add_flags in TEACHER_FLAGS:
+    for add_flags in groups:
         add_flags(parser)
     defaults = vars(parser.parse_args([]))
     return [f"--{name}" for name, value in defaults.items() if getattr(args, name) != value]
@@ -239,15 +264,41 @@ def refuse_idle(args, changed: Sequence[str], entries: Sequence[dict]) -> None:
 
 def check_used(names: Iterable[str], kinds: set[str], place: str) -> None:
     """Raises InputError where none of the kinds of teacher uses one of the names."""
-    users = {name: USED_BY.get(name.removeprefix("--"), KINDS) for name in names}
-    idle = [name for name, used_by in users.items() if kinds.isdisjoint(used_by)]
+    idle, able = find_idle(names, USED_BY, kinds, KINDS)
     if idle:
-        able = [kind for kind in KINDS if all(kind in users[name] for name in idle)]
         wanted = f"expected teacher {' or '.join(able)} beside them, or " if able else ""
         raise InputError(
             f"{place}: found {', '.join(idle)}, but a {' or '.join(sorted(kinds))} teacher does "
             f"not use them; {wanted}leave them out"
         )
+
+
+def refuse_unread(args, entries: Sequence[dict]) -> None:
+    """Raises InputError where a flag says nothing to the source of the problems."""
+    source = source_of(args)
+    changed = changed_flags(args, [add_problem_flags])
+    if any(entry.get("teacher", args.teacher) == "released" for entry in entries):
+        changed = [flag for flag in changed if flag != "--data_dir"]  # the completions' place
+    idle, able = find_idle(changed, READ_BY, {source}, SOURCES)
+    if idle:
+        wanted = f"expected {' or '.join(SOURCES[each] for each in able)} with them, or "
+        raise InputError(
+            f"found {', '.join(idle)}, but the problems of dataset {args.dataset!r} are {source} "
+            f"ones, which do not use them; {wanted if able else ''}leave them out"
+        )
+
+
+def find_idle(
+    names: Iterable[str], used_by: Mapping, found: Set[str], every: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """The names that none of `found` uses, and who of `every` would use all of those.
+
+    Args:
+      used_by: the users of a name, without its dashes; it has those that not `every` one uses.
+    """
+    users = {name: used_by.get(name.removeprefix("--"), every) for name in names}
+    idle = [name for name, able in users.items() if found.isdisjoint(able)]
+    return idle, [each for each in every if all(each in users[name] for name in idle)]
 
 
 def ask(args, examples: list, entries: list[dict]) -> int:
@@ -435,11 +486,23 @@ def filter_config(args):
     return FilterConfig(**fields_of(args, FilterConfig))
 
 
+def source_of(args) -> str:
+    """Which of SOURCES has the problems that the command line names."""
+    from dslt.data.embedded import FAMILIES
+
+    if args.input_file:
+        return "table"
+    if args.dataset in FAMILIES:
+        return "embedded"
+    return "TFDS" if args.tfds else "released"
+
+
 def read_problems(args) -> list:
     """The examples that the command line names, with a validation split if there is a train one."""
     from dslt.data import datasets, embedded
 
-    if args.input_file:
+    source = source_of(args)
+    if source == "table":
         examples = datasets.read_table(
             args.input_file,
             args.dataset,
@@ -450,7 +513,7 @@ def read_problems(args) -> list:
             split_column=args.split_column,
             answer_form=args.answer_form,
         )
-    elif args.dataset in embedded.FAMILIES:
+    elif source == "embedded":
         return embedded.generate(
             args.dataset,
             train=args.train,
@@ -459,7 +522,7 @@ def read_problems(args) -> list:
             seed=args.seed,
             facts=args.facts,
         )
-    elif args.tfds:
+    elif source == "TFDS":
         examples = datasets.read_tfds(args.dataset, args.data_dir)
     elif args.data_dir:
         examples = datasets.read_released(args.data_dir, args.dataset)

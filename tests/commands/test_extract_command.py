@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dslt.commands.extract import TEACHER_FLAGS, USED_BY
+from dslt.commands.extract import READ_BY, TEACHER_FLAGS, USED_BY, add_problem_flags
 from dslt.main import main
 from dslt.records import Example, read_examples
 from dslt.teacher.prompts import load_prompt, prompt_of
@@ -319,11 +319,49 @@ def test_what_another_kind_of_teacher_needs_is_refused(tmp_path, capsys, teacher
     assert not out.exists()
 
 
-def test_what_one_kind_of_teacher_uses_are_flags():
+@pytest.mark.parametrize(
+    ("args", "idle", "source", "wanted"),
+    [
+        (
+            ["facts", "--input_column", "q", "--label_column", "a", "--answer_form", "equation"],
+            "--input_column, --label_column, --answer_form", "embedded", "--input_file with",
+        ),
+        (["sums", "--tfds"], "--tfds", "embedded", "a dataset of TFDS with"),
+        (["facts", "--data_dir", "x", "--teacher", "scripted"], "--data_dir", "embedded", "TFDS"),
+        (["facts", "--validation_fraction", "0.2"], "--validation_fraction", "embedded", ""),
+        (
+            ["mine", "--input_file", "mine.csv", "--train", "9", "--facts", "2"],
+            "--train, --facts", "table", "an embedded dataset",
+        ),
+        (["mine", "--input_file", "m.csv", "--tfds", "--test", "9"], "--tfds, --test", "table", ""),
+        (["cqa", "--tfds", "--id_column", "id"], "--id_column", "TFDS", "--input_file"),
+        (["svamp", "--data_dir", "x", "--train", "9"], "--train", "released", "an embedded"),
+    ],
+)  # fmt: skip
+def test_what_another_source_of_problems_reads_is_refused(
+    tmp_path, capsys, args, idle, source, wanted
+):
+    out = tmp_path / "records"
+    assert main(["extract", "--dataset", *args, "--output_dir", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f": found {idle}, but the problems of dataset '{args[0]}' are {source} ones" in said
+    assert wanted in said and said.endswith("leave them out\n") and not out.exists()
+
+
+def test_the_released_teacher_reads_its_completions_beside_a_table(tmp_path, capsys):
+    teachers = tmp_path / "teachers.json"
+    teachers.write_text(json.dumps([{"teacher": "released"}]))
+    for flags in (["--teacher", "released"], ["--teachers", str(teachers)]):
+        args = ["--dataset", "svamp", "--input_file", "none.csv", *flags, "--data_dir", "x"]
+        assert main(["extract", *args, "--output_dir", str(tmp_path / "out")]) == 2
+        assert "none.csv: no input column is named" in capsys.readouterr().err
+
+
+def test_what_one_kind_of_teacher_or_problems_uses_are_flags():
     parser = argparse.ArgumentParser()
-    for add_flags in TEACHER_FLAGS:
+    for add_flags in (*TEACHER_FLAGS, add_problem_flags):
         add_flags(parser)
-    assert USED_BY.keys() <= vars(parser.parse_args([])).keys()
+    assert USED_BY.keys() | READ_BY.keys() <= vars(parser.parse_args([])).keys()
 
 
 def test_each_teacher_of_a_file_is_told_what_it_uses(tmp_path, capsys):
