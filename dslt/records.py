@@ -283,7 +283,7 @@ def _parse_row(row: dict, row_type: type) -> Example | Prediction | Rationale:
             if field.default is dataclasses.MISSING:
                 faults.append(f"field {name!r} is missing")
         elif type(row[name]) not in allowed:
-            expected = " or ".join(_JSON_NAMES[kind] for kind in allowed)
+            expected = " or ".join(dict.fromkeys(_JSON_NAMES[kind] for kind in allowed))
             faults.append(f"field {name!r} is a {_json_type(row[name])}; expected {expected}")
     if faults:
         raise ValueError("; ".join(faults))
@@ -306,11 +306,10 @@ def _parse_rationales(rows: list, faults: list[str]) -> tuple[Rationale, ...]:
 @functools.cache  # resolving the hints costs 25 times what the rest of a row does
 def _allowed_types(row_type: type, name: str) -> tuple[type, ...]:
     hint = typing.get_type_hints(row_type)[name]
-    if hint is float:
-        return (float, int)
     if typing.get_origin(hint) is tuple:
         return (tuple,)  # a JSON list, parsed by then
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return (*kinds, int) if float in kinds else kinds  # JSON may write 1.0 as 1
 
 
 def _require_weight(row, name: str) -> None:

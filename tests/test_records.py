@@ -69,6 +69,15 @@ def test_predictions_survive_writing_and_reading(tmp_path):
     assert list(read_predictions(path)) == rows
 
 
+def test_a_whole_number_is_one_with_a_fraction_of_zero(tmp_path):
+    row = {"id": "a", "dataset": "d", "split": "test", "input": "x", "prediction": "y"}
+    path = write_lines(tmp_path / "predictions.jsonl", [{**row, "probability": 1}])
+    assert [read.probability for read in read_predictions(path)] == [1.0]
+    path = write_lines(tmp_path / "predictions.jsonl", [{**row, "probability": "1"}])
+    says = "'probability' is a string; expected number or null"
+    assert error_of(path, read_predictions).endswith(says)
+
+
 def test_interrupted_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "records.jsonl"
     write_rows(path, [EXAMPLE])
