@@ -24,6 +24,9 @@ from dslt.files import naming_full_disk
 RETRY_SECS = (1.0, 2.0, 4.0, 8.0)  # between attempts at one file
 TRANSFERS = 8  # at a time
 
+# A secret may have slashes; a number with one behind it is a port.
+_KEY = re.compile(r"//([^/]*|[^/@:]*:(?!\d+/)[^@\s]*)@")
+
 
 def is_url(path: str) -> bool:
     """Whether a path is a URL, such as gs://bucket/run."""
@@ -31,8 +34,8 @@ def is_url(path: str) -> bool:
 
 
 def hidden(url: str) -> str:
-    """The URL without the credentials that it may hold, as `https://key:secret@host/run`."""
-    return re.sub(r"//[^/]*@", "//***@", url)
+    """The URL without the credentials that it may hold: `https://key:secret@host/run?sig=secret`."""
+    return re.sub(r"\?\S+", "?***", _KEY.sub("//***@", url))
 
 
 class Bucket:
@@ -46,7 +49,8 @@ class Bucket:
     def __init__(self, url: str):
         """Raises InputError where what speaks to such a store is not installed."""
         self.url = hidden(url).rstrip("/")
-        self._secret = re.search(r"//([^/]+)@", url)
+        self._secret = _KEY.search(url)
+        self._digest = hashlib.sha256(_KEY.sub("//***@", url).rstrip("/").encode()).hexdigest()
         try:
             import fsspec
         except ModuleNotFoundError:
@@ -67,8 +71,8 @@ class Bucket:
         given = os.environ.get("DSLT_MIRROR_DIR")
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         base = Path(given).absolute() if given else Path(cache) / "dslt" / "mirror"
-        digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        return base / digest / name / (PurePosixPath(self._root).name or "run")
+        run = PurePosixPath(self._root.partition("?")[0]).name or "run"
+        return base / self._digest[:16] / name / run
 
     def find(self, under: str = "") -> dict[str, dict]:
         """All objects, by name, with what the store says of each."""

@@ -11,7 +11,7 @@ import pytest
 
 from dslt import bucket as buckets
 from dslt import mirror
-from dslt.bucket import is_url
+from dslt.bucket import Bucket, hidden, is_url
 from dslt.errors import InputError
 from dslt.mirror import IDENTITY, MARKER, RunBucket, evaluating, pull_student, training
 from dslt.workdir import read_json_rows, write_json_rows
@@ -513,16 +513,36 @@ def test_an_identity_that_names_another_place_is_refused(url, machine):
     [
         ("nix://key:secret@bucket/run", r"nix://\*\*\*@bucket/run: .*not known.*pip install"),
         ("faulty://key:secret@bucket/run", r"^faulty://\*\*\*@bucket/run/mirror.json: cannot read"),
+        ("faulty://key:SECRET/secret@bucket/run", r"^faulty://\*\*\*@bucket/run/mirror.json: "),
+        ("faulty://bucket/run?sig=a/secret", r"^faulty://bucket/run\?\*\*\*/mirror.json: cannot"),
     ],
 )
 def test_no_error_shows_the_credentials_in_a_url(given, says, url, machine, monkeypatch):
     def refuse(self, path, **_):
-        raise PermissionError(f"not allowed: {given} {path} with key:secret or secret")
+        key = given.partition("//")[2].partition("@bucket")[0]
+        raise PermissionError(f"not allowed: {given} {path} with {key} or {key[4:]}")
 
     monkeypatch.setattr(FaultyFileSystem, "cat_file", refuse)
     with pytest.raises(InputError, match=says) as error, training(given):
         pass
-    assert "secret" not in str(error.value)
+    assert "secret" not in str(error.value).lower()
+
+
+@pytest.mark.parametrize(
+    "shown", ["https://host:8080/a@b/c:d", "gs://bucket/run@2", "file:///tmp/a:b@c", "what? a@b"]
+)
+def test_what_is_no_credential_is_shown(shown):
+    assert hidden(shown) == shown
+
+
+def test_a_mirror_is_of_one_url_whatever_its_credentials():
+    first, *others = (
+        Bucket(f"memory://{place}").mirror("x")
+        for place in ("b/run?at=a/1", "b/run?at=2", "c/run?at=a/1", "b/run")
+    )
+    assert first not in others and first.name == "run"
+    of_keys = [Bucket(f"memory://{key}@b/run").mirror("x") for key in ("a:b", "a:c/d")]
+    assert of_keys[0].parent == of_keys[1].parent
 
 
 def test_a_package_that_is_missing_is_named(url, monkeypatch):
