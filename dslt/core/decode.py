@@ -58,7 +58,7 @@ class DecodeConfig:
                 1e-30 <= self.temperature < math.inf,
                 "at least 1e-30 and finite (strategy 'greedy' is the limit at 0)",
             ),
-            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_k": (0 <= self.top_k < 2**31, "0 (all tokens) or more, below 2**31"),
             "top_p": (0 < self.top_p <= 1, "0 < top_p <= 1"),
             "seed": (0 <= self.seed < 2**32, "0 <= seed < 2**32"),
             "num_beams": (self.num_beams >= 1, ">= 1"),

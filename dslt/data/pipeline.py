@@ -18,6 +18,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -378,7 +379,7 @@ def make_vocabulary(config: DataConfig, keep_in: str | os.PathLike) -> Vocabular
         )
     kind, _, size = config.vocabulary.partition(":")
     if kind == "train":
-        if not size.isdecimal():
+        if not re.fullmatch(r"\d{1,9}", size):
             raise InputError(
                 f"vocabulary is {config.vocabulary!r}; expected a number of pieces: train:8000"
             )

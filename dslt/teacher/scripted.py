@@ -151,7 +151,10 @@ def _explain_choice(text: str, is_mistaken: bool, rng: random.Random, wording: i
         kind = KIND_OF[asked[1]]
         if is_mistaken:
             answers = {answer for _, answer in listed}
-            kind = rng.choice([k for k, a in answer_of_kind.items() if a in answers and k != kind])
+            wrong = [k for k, a in answer_of_kind.items() if a in answers and k != kind]
+            if not wrong:
+                return None
+            kind = rng.choice(wrong)
         answer = answer_of_kind[kind]
         letter = next((letter for letter, choice in listed if choice == answer), None)
         if letter:

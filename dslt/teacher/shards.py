@@ -5,6 +5,7 @@ wherever they were given, so to join is to append what is missing.
 """
 
 import os
+import re
 from collections.abc import Sequence
 
 from dslt.errors import InputError
@@ -14,10 +15,10 @@ from dslt.teacher.store import CompletionStore, has_store
 
 def parse_shard(text: str) -> tuple[int, int]:
     """`2/4` → (2, 4): the second of four."""
-    index, _, count = text.partition("/")
-    if index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
-        return int(index), int(count)
-    raise InputError(f"shard is {text!r}; expected i/n with i from 1 to n, such as 1/4")
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if found and 1 <= int(found[1]) <= int(found[2]):
+        return int(found[1]), int(found[2])
+    raise InputError(f"shard is {text[:40]!r}; expected i/n with i from 1 to n, such as 1/4")
 
 
 def merge_stores(

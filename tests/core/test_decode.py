@@ -196,6 +196,7 @@ def test_decoding_stops_when_all_rows_have_ended(student, monkeypatch):
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_k": -1}, "top_k is -1; expected 0 (all tokens) or more"),
+        ({"top_k": 2**31}, "top_k is 2147483648; expected 0 (all tokens) or more, below 2**31"),
         ({"top_p": 0.0}, "top_p is 0.0; expected 0 < top_p <= 1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"seed": -1}, "seed is -1; expected 0 <= seed"),

@@ -160,7 +160,7 @@ def test_every_example_is_in_one_shard_and_equal_inputs_in_the_same():
             copy = dataclasses.replace(example, id="copy", split="test")
             assert is_in_shard(copy, (homes[0], count))
     assert parse_shard("2/3") == (2, 3)
-    for bad in ("0/3", "4/3", "1", "a/b", "-1/3"):
+    for bad in ("0/3", "4/3", "1", "a/b", "-1/3", "1/" + "9" * 5000):
         with pytest.raises(InputError, match="such as 1/4"):
             parse_shard(bad)
 

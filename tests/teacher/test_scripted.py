@@ -144,6 +144,11 @@ def test_mistakes_depend_on_seed_and_id_alone():
         (problem("svamp", "x"), {}, "does not know dataset 'svamp'"),
         (problem("facts", "x"), {}, "is no problem of the family 'facts'"),
         (problem("choice", "what covers a dog ?\nAnswer Choices:\n(a) fur"), {}, "cannot read"),
+        (
+            problem("choice", "what covers a crow ?\nAnswer Choices:\n(a) feathers\n(b) paper"),
+            {"mistake_rate": 1.0},
+            "cannot read",
+        ),
         (problem("sums", "ann had 7 cups ."), {}, "cannot read example x"),
         (problem("facts", "x"), {"mistake_rate": 1.5}, "mistake_rate is 1.5"),
     ],
