@@ -379,6 +379,25 @@ def test_an_estimate_is_the_flops_of_what_is_missing(tmp_path, capsys):
     assert not runs.exists()
 
 
+def test_an_estimate_is_made_of_mixtures_too(tmp_path, capsys):
+    (records, _) = explained(tmp_path, train=8)
+    file = tmp_path / "sweep.gin"
+    file.write_text(
+        "from __gin__ import dynamic_registration\nfrom dslt import sweep\n"
+        f"sweep.SweepConfig.records = ({records!r},)\n"
+        "sweep.SweepConfig.settings = ('settings/facts.gin',)\n"
+        "sweep.SweepConfig.methods = ('runs/fine_tuning.gin',)\n"
+    )
+    mixture = "pipeline.DataConfig.mixture_rates = {'facts': 1}"
+    args = ["sweep", str(file), "--output_dir", str(tmp_path / "runs"), "--estimate"]
+    capsys.readouterr()
+    printed = []
+    for overrides in (SMALL[2:], (*SMALL[2:], mixture)):
+        assert main([*args, "--gin", f"sweep.SweepConfig.overrides = {overrides!r}"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
 def test_what_fails_is_said_and_does_not_stop_the_rest(swept):
     """In processes of their own; the run that was done before is not done again."""
     args, directory, only = swept

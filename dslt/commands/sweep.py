@@ -169,25 +169,24 @@ def estimate(experiments) -> str:
     from dslt.data.pipeline import make_vocabulary
     from dslt.sweep import COMPUTE
 
-    flops = 0.0
+    flops, vocabularies, flops_of = 0.0, {}, {}  # by what a config prints: a mapping has no hash
     with tempfile.TemporaryDirectory() as directory:
-
-        @functools.cache
-        def vocabulary_of(data):
-            own = tempfile.mkdtemp(dir=directory)  # SeqIO remembers a vocabulary by its path
-            return make_vocabulary(data, Path(own) / "vocabulary")
-
-        @functools.cache
-        def flops_of(model, data, has_both_tasks):
-            return step_flops(model, data, vocabulary_of(data), 0, has_both_tasks)
-
         for experiment in experiments:
             configs = config.parse(experiment.gin_files, experiment.overrides)
             has_both_tasks = (
                 experiment.facts["budget"] == COMPUTE or configs.train.rationale_weight > 0
             )
             data = dataclasses.replace(configs.data, train_fraction=1.0)
-            flops += configs.train.num_steps * flops_of(configs.model, data, has_both_tasks)
+            key = repr(data)
+            if key not in vocabularies:
+                own = tempfile.mkdtemp(dir=directory)  # SeqIO remembers a vocabulary by its path
+                vocabularies[key] = make_vocabulary(data, Path(own) / "vocabulary")
+            step = (repr(configs.model), key, has_both_tasks)
+            if step not in flops_of:
+                flops_of[step] = step_flops(
+                    configs.model, data, vocabularies[key], 0, has_both_tasks
+                )
+            flops += configs.train.num_steps * flops_of[step]
     lines = [
         f"{len(experiments):,} missing runs: {flops / 1e15:,.4g} PFLOPs of training, at the train "
         "split's mean lengths",
