@@ -188,13 +188,15 @@ def _metadata(name: str, summaries: list, row: dict) -> list[str]:
 
 
 def _judged_splits(row: dict) -> list[tuple[str, float, float, int]]:
-    """(split, accuracy, standard error, examples); those of single datasets are left out."""
+    """(split, accuracy, standard error, examples) where all are known; those of single datasets are
+    left out."""
     names = [name.removesuffix("/accuracy") for name in row if name.endswith("/accuracy")]
-    return [
-        (name, *(row[f"{name}/{key}"] for key in ("accuracy", "standard_error", "examples")))
+    found = [
+        (name, *(row.get(f"{name}/{key}") for key in ("accuracy", "standard_error", "examples")))
         for name in names
         if "/" not in name
     ]
+    return [split for split in found if None not in split]
 
 
 def _training_table(info: dict, settings: dict, step: int | None) -> list[str]:

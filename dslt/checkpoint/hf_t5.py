@@ -13,6 +13,7 @@ t5 (T5, FLAN-T5, ByT5), mt5 and umt5; writes what `from_pretrained` of both read
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -39,6 +40,7 @@ from dslt.checkpoint.hf_tokenizer import write_tokenizer
 from dslt.core import t5
 from dslt.core.t5 import T5Config
 from dslt.errors import InputError
+from dslt.files import naming_full_disk
 
 
 def read_config(directory: str | os.PathLike) -> T5Config:
@@ -97,6 +99,7 @@ def save(
     *,
     max_target_tokens: int = 256,
     max_shard_bytes: int = 5_000_000_000,
+    write_more: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Writes a directory that `AutoModelForSeq2SeqLM` and `AutoTokenizer` load.
 
@@ -109,10 +112,11 @@ def save(
       vocabulary_directory: what `Vocabulary.save` or `save_pretrained` of a tokenizer wrote.
       max_target_tokens: `generate` stops there unless told otherwise; its own default is 20.
       max_shard_bytes: weights above it go into several files with an index.
+      write_more: adds files of the caller's to the directory, before it appears.
 
     Raises:
-      InputError: the directory has files, the vocabulary has none, or the config is one that no
-        config.json can say.
+      InputError: the directory has files, the vocabulary has none, the config is one that no
+        config.json can say, or the disk is full.
     """
     directory, vocabulary_directory = Path(directory).absolute(), Path(vocabulary_directory)
     _check_is_new(directory)
@@ -120,14 +124,16 @@ def save(
     specs = tensor_specs(config)
     _check_params(config, params)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     try:
-        write_json(partial / CONFIG_FILE, fields)
-        generation = {**TOKEN_IDS, "max_length": max_target_tokens + 1}  # and the start token
-        write_json(partial / GENERATION_CONFIG_FILE, generation)
-        write_tokenizer(partial, vocabulary_directory, fields["model_type"])
-        write_weights(partial, specs, jax.tree.map(np.asarray, params), max_shard_bytes)
-        partial.rename(directory)
+        with naming_full_disk(directory):
+            partial.mkdir(parents=True)
+            write_json(partial / CONFIG_FILE, fields)
+            generation = {**TOKEN_IDS, "max_length": max_target_tokens + 1}  # and the start token
+            write_json(partial / GENERATION_CONFIG_FILE, generation)
+            write_tokenizer(partial, vocabulary_directory, fields["model_type"])
+            write_weights(partial, specs, jax.tree.map(np.asarray, params), max_shard_bytes)
+            write_more(partial)
+            partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -39,13 +39,18 @@ def export(args) -> None:
         checkpoints, step, (model_config, _, params) = student.read_checkpoint(path, read)
         run, path = RunDir(checkpoints.parent), checkpoints / str(step)
     check_embedded(vocabulary, vocabulary_path, model_config.vocab_size, path)
+    card = write_card(output.name, run, step, format)
+
+    def write_more(directory: Path) -> None:
+        format.write(directory / "student.json")
+        write_text(directory / "README.md", card)
+
     hf_t5.save(
         output,
         model_config,
         jax.device_get(params),
         vocabulary_path,
         max_target_tokens=format.max_target_length,
+        write_more=write_more,
     )
-    format.write(output / "student.json")
-    write_text(output / "README.md", write_card(output.name, run, step, format))
     print(f"exported {path} to {output}: a Hugging Face T5 directory")

@@ -223,6 +223,16 @@ def test_save_leaves_nothing_half_done(tmp_path, vocabulary_directory, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("size", ["4k", "8k", "16k"], ids=["config", "vocabulary", "weights"])
+def test_a_full_disk_is_the_one_that_is_named(size, small_disk, vocabulary_directory):
+    config, params = hf_t5.load_params(GOLDENS / "t5_v1_1")
+    disk, resize = small_disk(size)
+    with pytest.raises(InputError, match=f"the disk is full .* mounted at {disk}. "):
+        hf_t5.save(disk / "out", config, params, vocabulary_directory)
+    assert list(disk.iterdir()) == [] and resize("20m")
+    hf_t5.save(disk / "out", config, params, vocabulary_directory)
+
+
 def test_save_overwrites_nothing(tmp_path, vocabulary_directory):
     config, params = hf_t5.load_params(GOLDENS / "t5_v1_1")
     (tmp_path / "notes.txt").write_text("mine")

@@ -13,6 +13,7 @@ from dslt.core import t5
 from dslt.core.sharding import MeshConfig, make_mesh
 from dslt.data.vocabulary import ByteVocabulary
 from dslt.main import main
+from dslt.workdir import StudentFormat, write_json_rows
 
 
 @pytest.fixture
@@ -51,6 +52,24 @@ def test_the_card_is_of_the_checkpoint_that_was_exported_though_others_are_saved
     assert main(["export", "--student", str(run), "--output_dir", str(output)]) == 0
     assert student.find_checkpoint(run)[1] == 2
     assert f"| checkpoint | step {loaded[0]} |" in (output / "README.md").read_text()
+
+
+def test_an_export_has_all_its_files_or_is_none(run, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "student"
+    args = ["export", "--student", str(run), "--output_dir", str(output)]
+
+    def fail(*_):
+        raise OSError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentFormat, "write", fail)
+        assert main(args) == 2
+    assert not output.exists()
+    row = {"step": 0, "test/accuracy": 0.5, "validation/accuracy": 1.0}
+    write_json_rows(run / "evaluations.jsonl", [row | {"test/standard_error": 0.1}])
+    assert main(args) == 0
+    assert "Accuracy: unknown" in (output / "README.md").read_text()
+    assert StudentFormat.read(output / "student.json") == StudentFormat()
 
 
 @pytest.mark.parametrize("when", ["check_params", "load", "_read_to_host"])
