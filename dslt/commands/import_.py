@@ -29,13 +29,13 @@ def import_student(args) -> None:
     """Writes checkpoints/0, the vocabulary and student.json, for `init_from` and `predict`."""
     from dslt.checkpoint import hf_t5, t5x
     from dslt.checkpoint.layout import Layout
-    from dslt.checkpoint.manager import CheckpointManager
+    from dslt.checkpoint.manager import CheckpointManager, finished_steps
     from dslt.data.vocabulary import check_embedded, load_vocabulary
     from dslt.workdir import RunDir, StudentFormat
 
     run = RunDir(Path(args.output_dir))
-    if run.checkpoints.exists():
-        raise InputError(f"{run.checkpoints}: exists already; choose another --output_dir")
+    if run.info.exists() or finished_steps(run.checkpoints):  # an import cut off has neither
+        raise InputError(f"{run.path}: holds a run or a checkpoint; choose another --output_dir")
     if bool(args.t5x) != bool(args.vocabulary):
         raise InputError(
             "--t5x and --vocabulary go together: a T5X checkpoint has no vocabulary, and a "
@@ -53,8 +53,8 @@ def import_student(args) -> None:
         format, vocabulary_path = student_files(source)
         vocabulary = load_vocabulary(vocabulary_path)
     check_embedded(vocabulary, args.vocabulary or source, model_config.vocab_size, source)
-    with CheckpointManager(run.checkpoints) as manager:
-        manager.save_params(0, params, Layout(model_config))
     vocabulary.save(run.vocabulary)
     format.write(run.student)
+    with CheckpointManager(run.checkpoints) as manager:  # last: it says that the import is whole
+        manager.save_params(0, params, Layout(model_config))
     print(f"imported {source} to {run.path}")

@@ -1,4 +1,4 @@
-"""`dslt export` while its run goes on."""
+"""`dslt export` while its run goes on; an export or import that is cut off."""
 
 import shutil
 
@@ -28,6 +28,28 @@ def run(tmp_path):
     flags = ["--hugging_face", str(tmp_path / "hf"), "--output_dir", str(tmp_path / "run")]
     assert main(["import", *flags]) == 0
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize("place", [CheckpointManager, ByteVocabulary, StudentFormat])
+def test_an_import_that_was_cut_off_is_made_anew_and_a_whole_one_stays(
+    place, run, tmp_path, monkeypatch, capsys
+):
+    args = ["import", "--hugging_face", str(tmp_path / "hf"), "--output_dir", str(tmp_path / "to")]
+
+    def fail(*_):
+        raise KeyboardInterrupt("SIGTERM")
+
+    with monkeypatch.context() as patch:
+        name = {CheckpointManager: "save_params", ByteVocabulary: "save", StudentFormat: "write"}
+        patch.setattr(place, name[place], fail)
+        assert main(args) == 130
+    assert main(args) == 0
+    capsys.readouterr()
+    assert main(args) == 2
+    assert f"{tmp_path / 'to'}: holds a run or a checkpoint" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "to/checkpoints")
+    (tmp_path / "to/run.json").write_text("{}")
+    assert main(args) == 2
 
 
 def test_the_card_is_of_the_checkpoint_that_was_exported_though_others_are_saved_meanwhile(
