@@ -160,7 +160,11 @@ def pull_student(url: str) -> Path:
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=SCRATCH) as scratch:
                 whole = Path(scratch) / path.name
                 bucket.get_all({name: whole / name for name in files})
-                whole.rename(path)
+                try:
+                    whole.rename(path)
+                except OSError:
+                    if not path.is_dir():  # else another process was first, with the same
+                        raise
         return path
     if IDENTITY not in listing:
         raise InputError(

@@ -502,6 +502,21 @@ def test_an_object_outside_of_the_run_is_refused(name, url, machine, monkeypatch
             reader()
 
 
+def test_two_processes_may_fetch_the_same_hugging_face_directory_at_once(url, machine, monkeypatch):
+    RunBucket(url).write("config.json", b"{}")
+    get_all, others = RunBucket.get_all, []
+
+    def get_all_second(self, files):
+        get_all(self, files)
+        monkeypatch.setattr(RunBucket, "get_all", get_all)
+        others.append(pull_student(url))
+
+    monkeypatch.setattr(RunBucket, "get_all", get_all_second)
+    path = pull_student(url)
+    assert others == [path] == list(path.parent.iterdir())
+    assert content(path) == {"config.json": b"{}"}
+
+
 def test_an_identity_that_names_another_place_is_refused(url, machine):
     RunBucket(url).write(IDENTITY, json.dumps({"run": "../../x", "session": "y"}).encode())
     with pytest.raises(InputError, match="is not what `dslt train` writes"), training(url):
