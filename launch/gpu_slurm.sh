@@ -49,8 +49,12 @@ if [[ "$1" == train || "$1" == evaluate ]]; then
 fi
 status=0
 srun ${tasks[@]+"${tasks[@]}"} dslt "$@" || status=$?
-state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)"
-if [[ "$status" == "$interrupted" && "$state" == RUNNING ]]; then # else it was cancelled
+state=""
+if ((status == interrupted)); then
+  # Where Slurm does not answer: who cancelled can cancel again, a job that is not queued is lost.
+  state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" || state=RUNNING
+fi
+if [[ "$state" == RUNNING ]]; then # else it was cancelled
   echo "gpu_slurm.sh: saved before the time limit; queues again"
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -82,6 +82,14 @@ def test_slurm_queues_again_at_the_time_limit_but_not_when_cancelled(tmp_path, s
     assert status == INTERRUPTED and calls[2:] == requeued
 
 
+@pytest.mark.parametrize(
+    ("status", "requeued"), [(0, []), (2, []), (INTERRUPTED, ["scontrol requeue 17"])]
+)
+def test_slurm_ends_as_dslt_does_where_squeue_fails(tmp_path, status, requeued):
+    ended, calls = submit(tmp_path, "train", srun=f"exit {status}", state="; exit 1")
+    assert ended == status and calls[2:] == requeued
+
+
 def test_the_script_knows_dslts_status_of_an_interruption():
     text = (ROOT / "launch" / "gpu_slurm.sh").read_text()
     assert f"interrupted={INTERRUPTED} " in text
