@@ -69,6 +69,13 @@ def test_overrides_win_and_stand_in_the_operative_config_which_says_the_same_aga
     assert parse([str(tmp_path / "config.gin")]) == configs
 
 
+def test_a_byte_order_mark_is_no_part_of_a_gin_file(tmp_path):
+    own = tmp_path / "own.gin"
+    for text in ((gin_directory() / "models/tiny.gin").read_text(), "include 'models/tiny.gin'\n"):
+        own.write_text(text, encoding="utf-8-sig")
+        assert parse([str(own)]) == parse(["models/tiny.gin"])
+
+
 def test_a_directory_of_the_same_name_does_not_hide_the_shipped_files(tmp_path, monkeypatch):
     """`launch/local.sh` makes a directory `runs`, which Python takes for a package."""
     (tmp_path / "runs").mkdir()

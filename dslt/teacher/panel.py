@@ -18,7 +18,7 @@ def read_teachers(path: str, fields: Sequence[str]) -> list[dict]:
       InputError: the file is no such list, with the entry and the field at fault.
     """
     try:
-        entries = strict_json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = strict_json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a JSON list") from None
     if not isinstance(entries, list) or not entries:

@@ -135,7 +135,7 @@ def load_prompt(name: str, labels: Sequence[str] = ()) -> Prompt:
     if path.name == name and path.suffix != ".toml":
         path = DIRECTORY / f"{name}.toml"
     try:
-        source = path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8-sig")
         fields = tomllib.loads(source)
     except FileNotFoundError:
         known = ", ".join(sorted(each.stem for each in DIRECTORY.glob("*.toml")))

@@ -63,6 +63,8 @@ def test_a_copied_prompt_is_another_one_as_soon_as_it_changes(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text((DIRECTORY / "nli.toml").read_text())
     assert load_prompt(str(path)) == load_prompt("nli")
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # as an editor on Windows may
+    assert load_prompt(str(path)) == load_prompt("nli")
     path.write_text(path.read_text().replace("raincoats", "coats"))
     assert load_prompt(str(path)).digest != load_prompt("nli").digest
 

@@ -189,9 +189,10 @@ def test_a_list_of_teachers_is_checked(tmp_path):
     path = tmp_path / "teachers.json"
     fields = ("name", "weight", "samples", "extra_body")
     path.write_text('[{"name": "a", "weight": 1, "extra_body": {"top_p": null}}]')
-    assert read_teachers(str(path), fields) == [
-        {"name": "a", "weight": 1, "extra_body": '{"top_p": null}'}
-    ]
+    expected = [{"name": "a", "weight": 1, "extra_body": '{"top_p": null}'}]
+    assert read_teachers(str(path), fields) == expected
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_teachers(str(path), fields) == expected
     for text, says in (
         ("[", "cannot be read"),
         ("{}", "no list of teachers"),
