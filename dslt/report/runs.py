@@ -10,6 +10,7 @@ import ast
 import collections
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ class Run:
 
 def is_run(path: Path) -> bool:
     """Whether it is a run's directory, of whatever state."""
-    return any((path / file).exists() for file in RUN_FILES)
+    return any(os.path.exists(path / file) for file in RUN_FILES)  # Path's own raises
 
 
 def find_runs(
@@ -106,9 +107,7 @@ def find_runs(
                 name = f"{printable(path.name)}/{name}"
             names.setdefault(directory.resolve(), name)
             if not has_run:
-                is_empty = not any(directory.iterdir())
-                files = ", ".join(RUN_FILES)
-                reasons[directory.resolve()] = "is empty" if is_empty else f"has none of {files}"
+                reasons[directory.resolve()] = _why_no_run(directory)
     names = _tell_apart(names)
     runs = [read_run(path, name) for path, name in names.items() if path not in reasons]
     if not runs:
@@ -118,6 +117,12 @@ def find_runs(
         )
     passed_over = sorted((names[path], reason) for path, reason in reasons.items())
     return sorted(runs, key=lambda run: _natural(run.name)), passed_over
+
+
+def _why_no_run(directory: Path) -> str:
+    if not os.access(directory, os.R_OK | os.X_OK):
+        return "may not be read"
+    return f"has none of {', '.join(RUN_FILES)}" if any(directory.iterdir()) else "is empty"
 
 
 def _tell_apart(names: Mapping[Path, str]) -> dict[Path, str]:

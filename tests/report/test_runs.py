@@ -1,6 +1,7 @@
 """Runs are found and read whatever state they are in; what is wrong with one is said."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,21 @@ def test_runs_whose_paths_end_alike_are_told_apart(tmp_path):
     assert [run.name for run in found] == ["monday/runs/a", "runs/b", "tuesday/runs/a"]
     assert all(str(run.path).endswith(run.name) for run in found)
     assert [name for name, _ in passed_over] == ["monday/runs/none", "tuesday/runs/none"]
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o600])
+def test_a_directory_that_cannot_be_read_is_passed_over(tmp_path, mode):
+    make_run(tmp_path / "a")
+    other = make_run(tmp_path / "b")
+    other.chmod(mode)
+    try:
+        if os.access(other, os.R_OK | os.X_OK):
+            pytest.skip("permissions do not bind this user")
+        runs, passed_over = find_runs([tmp_path])
+    finally:
+        other.chmod(0o700)
+    assert [run.name for run in runs] == ["a"]
+    assert passed_over == [("b", "may not be read")]
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])
