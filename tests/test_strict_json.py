@@ -16,9 +16,10 @@ def test_what_is_no_json_is_a_value_error(text, kind):
         strict_json.loads(text if kind is str else text.encode())
 
 
-def test_bytes_that_are_no_utf8_are_a_value_error():
+@pytest.mark.parametrize("content", [b'"\xff"', b'"\xed\xa0\x80"', '"\\ud800"'.encode("utf-16")])
+def test_bytes_that_are_no_utf8_are_a_value_error(content):
     with pytest.raises(ValueError):
-        strict_json.loads(b'"\xff"')
+        strict_json.loads(content)
 
 
 @pytest.mark.parametrize("text", ['"\\ud83d\\ude00"', '"\\\\ud800"', '"ĂUD"', "1e999"])
