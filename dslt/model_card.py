@@ -6,7 +6,6 @@ guessed. Names and labels come from files that others may have written, so all a
     text = model_card.write_card("student", RunDir(Path("runs/facts/step_by_step")), step=3000)
 """
 
-import ast
 import collections
 import dataclasses
 import hashlib
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from dslt.errors import InputError
 from dslt.records import read_examples
-from dslt.workdir import RunDir, StudentFormat, read_json, read_json_rows
+from dslt.workdir import RunDir, StudentFormat, read_config, read_json, read_json_rows
 
 UNKNOWN = "unknown"
 FILL_IN = "*to be filled in*"
@@ -56,7 +55,7 @@ def write_card(name: str, run: RunDir | None, step: int | None, format: StudentF
       step: of its checkpoint, or None likewise.
     """
     info = read_json(run.info) if run and run.info.exists() else {}
-    settings = read_settings(run.config) if run and run.config.exists() else {}
+    settings = read_config(run.config) if run else {}
     rows = read_json_rows(run.evaluations) if run else []
     row = next((row for row in rows if row["step"] == step), {})
     summaries = [
@@ -108,21 +107,6 @@ def write_card(name: str, run: RunDir | None, step: int | None, format: StudentF
             "",
         ]
     )
-
-
-def read_settings(path: Path) -> dict[str, object]:
-    """`pipeline.DataConfig.label_source` and its like, of an operative gin config.
-
-    A value that is no Python literal is left out.
-    """
-    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-    settings = {}
-    for name, value in re.findall(r"^([\w.]+) =((?:.|\n[ )\]}])*)", text, re.MULTILINE):
-        try:
-            settings[name] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-    return settings
 
 
 def summarise_records(path: str, digest: str) -> RecordsSummary | None:

@@ -16,6 +16,7 @@ May import the standard library, tensorboardX and its protobuf (no TensorFlow, n
     RUN/damaged/            checkpoints that could not be read, set aside; nothing reads them
 """
 
+import ast
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -23,6 +24,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import socket
 import struct
 import subprocess
@@ -40,6 +42,7 @@ HEARTBEAT_SECS = 10.0
 OVERRIDES = "overrides"  # in a row of evaluations.jsonl: how it was judged, unlike the run's config
 
 _VERSIONED_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
+_BINDING = re.compile(r"^([\w.]+) = (.*(?:\n[ \t]+.*)*)", re.M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,6 +365,22 @@ def read_json(path: Path) -> dict:
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object")
     return found
+
+
+def read_config(path: Path) -> dict:
+    """Bindings of an operative gin config that are Python literals, by their full names; none where
+    the file cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    values = {}
+    for name, literal in _BINDING.findall(text):
+        try:
+            values[name] = ast.literal_eval(literal.replace("\\\n", "\n").strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue  # a reference, or no gin at all
+    return values
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dslt.model_card import UNKNOWN, escape, read_settings, summarise_records, write_card
+from dslt.model_card import UNKNOWN, escape, summarise_records, write_card
 from dslt.records import Example, Rationale, write_rows
 from dslt.workdir import RunDir, StudentFormat, write_json, write_json_rows
 
@@ -94,13 +94,6 @@ def test_records_that_changed_say_nothing(run):
     card = write_card("student", run, 5, StudentFormat())
     assert "the file is gone or has changed since" in card and "mine" not in card
     assert summarise_records(str(records.with_name("none")), "") is None
-
-
-def test_settings_of_a_gin_file(run):
-    settings = read_settings(run.config)
-    assert settings["pipeline.DataConfig.label_source"] == "teacher"
-    assert settings["pipeline.DataConfig.records"] == ("a", "b")
-    assert "train.TrainConfig.odd" not in settings
 
 
 @pytest.mark.parametrize("name", ["student", HOSTILE, "---", "a: b # c"])

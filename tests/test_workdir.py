@@ -12,6 +12,7 @@ from dslt.workdir import (
     StudentFormat,
     _records,
     environment,
+    read_config,
     read_json_rows,
 )
 
@@ -79,6 +80,19 @@ def test_info_keeps_the_fields_that_are_not_set_again(tmp_path):
     run.update_info(state="running", seed=3)
     run.update_info(state="finished")
     assert run.state() == "finished" and '"seed": 3' in run.info.read_text()
+
+
+def test_a_config_is_read_without_gin_and_without_running_it(tmp_path):
+    path = tmp_path / "config.gin"
+    path.write_text(
+        "import os\n"
+        "a.B.lines = \\\n    ('x',\n     'y')\n"
+        "a.B.number = -1.5e-3\n"
+        "a.B.reference = @os.system\n"
+        "a.B.call = __import__('os').system('touch /tmp/x')\n"
+        "a.B.last = None\n"
+    )
+    assert read_config(path) == {"a.B.lines": ("x", "y"), "a.B.number": -0.0015, "a.B.last": None}
 
 
 def test_only_a_numbered_directory_is_a_checkpoint(tmp_path):

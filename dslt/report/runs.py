@@ -6,7 +6,6 @@ the report, everything that keeps a run out of the comparison is a sentence in i
     runs, passed_over = find_runs([Path("runs/sweep")])
 """
 
-import ast
 import collections
 import dataclasses
 import json
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from dslt.errors import InputError
 from dslt.records import Prediction, read_predictions
-from dslt.workdir import OVERRIDES, RunDir, best_row
+from dslt.workdir import OVERRIDES, RunDir, best_row, read_config
 
 EXPERIMENT = "experiment.json"
 # Any of these makes a directory a run's.
@@ -27,7 +26,6 @@ ONE_TARGET = ("rationale_label", "label_rationale")  # what target_layout may sa
 MAX_NUMBER = 10**15  # larger ones are no counts, losses or rates, and overflow in a picture's axes
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_BINDING = re.compile(r"^([\w.]+) = (.*(?:\n[ \t]+.*)*)", re.M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,21 +187,6 @@ def read_run(path: Path, name: str) -> Run:
         predictions=predictions,
         problems=tuple(problems),
     )
-
-
-def read_config(path: Path) -> dict:
-    """Bindings of an operative gin config that are Python literals, by their full names."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return {}
-    values = {}
-    for name, literal in _BINDING.findall(text):
-        try:
-            values[name] = ast.literal_eval(literal.replace("\\\n", "\n").strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue  # a reference, or no gin at all
-    return values
 
 
 def read_numbers(path: Path, problems: list[str]) -> list[dict[str, float]]:

@@ -9,7 +9,7 @@ from made_runs import make_rows, make_run, write_lines
 
 from dslt.config import gin_directory, parse
 from dslt.errors import InputError
-from dslt.report.runs import find_runs, read_config, read_run
+from dslt.report.runs import find_runs, read_run
 from dslt.workdir import best_row
 
 
@@ -165,19 +165,6 @@ def test_a_run_by_hand_is_on_the_share_of_the_data_that_it_learnt_from(tmp_path)
     for share, fraction in (("0.25", 0.25), ("7", 1.0), ("'all'", 1.0)):
         config.write_text(f"pipeline.DataConfig.train_fraction = {share}\n")
         assert read_run(path, "run").settings["fraction"] == fraction
-
-
-def test_a_config_is_read_without_gin_and_without_running_it(tmp_path):
-    path = tmp_path / "config.gin"
-    path.write_text(
-        "import os\n"
-        "a.B.lines = \\\n    ('x',\n     'y')\n"
-        "a.B.number = -1.5e-3\n"
-        "a.B.reference = @os.system\n"
-        "a.B.call = __import__('os').system('touch /tmp/x')\n"
-        "a.B.last = None\n"
-    )
-    assert read_config(path) == {"a.B.lines": ("x", "y"), "a.B.number": -0.0015, "a.B.last": None}
 
 
 def test_the_best_row_is_chosen_by_validation_alone():
