@@ -13,9 +13,10 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-# Equal values differ by rounding alone (order of the operations), far below 1e-6. A quotient that
-# was rounded when it was written down (`1.33` for 4 / 3) is another answer, and stays one.
-RELATIVE_TOLERANCE = 1e-6
+# Equal values differ by rounding alone (order of the operations), far below these. A quotient that
+# was rounded when it was written down (`1.33` for 4 / 3) is another answer, and stays one; so are
+# 1000000 and 1000001.
+RELATIVE_TOLERANCE = 1e-9
 ABSOLUTE_TOLERANCE = 1e-6
 
 # The longest label of SVAMP has 31 characters and four levels; a model that loops is cut off here.

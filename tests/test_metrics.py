@@ -103,6 +103,7 @@ def test_equations_are_compared_by_value():
     assert is_correct("(1 / 3) * 3000000", "1000000", "equation")
     assert not is_correct("1.33", "( 4 / 3 )", "equation")
     assert not is_correct("41", "( 84 / 2 )", "equation")
+    assert not is_correct("1000001", "1000000", "equation")
 
 
 def test_two_equations_without_a_value_do_not_match():

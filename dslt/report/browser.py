@@ -67,9 +67,9 @@ def judge(answer: str | None, row: Prediction) -> int:
 
 
 def answer_key(answer: str, answer_form: str) -> str:
-    """Equal for answers that are one: equations by six digits of their value, text normalised."""
+    """Equal for answers that are one: equations by ten digits of their value, text normalised."""
     value = evaluate_equation(answer) if answer_form == "equation" else None
-    return f"{value:.6g}" if value is not None else normalize_text(answer)
+    return f"{value:.10g}" if value is not None else normalize_text(answer)
 
 
 def packed(data: dict) -> str:
