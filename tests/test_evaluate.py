@@ -8,7 +8,7 @@ from dslt.checkpoint import hf_t5
 from dslt.core import t5
 from dslt.core.answers import AnswerSet, score_answers
 from dslt.core.batch import EOS_ID
-from dslt.core.continuous import pad_answers, pad_rows
+from dslt.core.continuous import pad_answers, pad_inputs
 from dslt.core.decode import DecodeConfig, decode_batch
 from dslt.core.sharding import MeshConfig
 from dslt.data.vocabulary import ByteVocabulary
@@ -60,7 +60,7 @@ def batch_answers(params, inputs, config: DecodeConfig, max_length: int, **setti
             params, sources, graphdef=graphdef, config=config, max_length=max_length, **settings
         )
     )
-    rows = np.asarray(decode(params, pad_rows(inputs, len(inputs), 1))).tolist()
+    rows = np.asarray(decode(params, pad_inputs(inputs, len(inputs), 1))).tolist()
     return [in_digits(row[: row.index(EOS_ID) if EOS_ID in row else None]) for row in rows]
 
 
@@ -107,7 +107,7 @@ def test_likelihood_answers_with_the_most_likely_and_its_probability(decoder, in
     texts, distributions = answer(decoder, inputs, config, pytest.fail, sets)
     graphdef = t5.abstract_params(MODEL)[0]
     answers = pad_answers([of.tokens for of in sets], (len(inputs), 3, 4))
-    sources = pad_rows(inputs, len(inputs), 1)
+    sources = pad_inputs(inputs, len(inputs), 1)
     score = jax.jit(lambda params: score_answers(params, sources, answers, graphdef=graphdef))
     expected = jax.nn.softmax(score(decoder.params))
     for text, found, of, row in zip(texts, distributions, sets, np.asarray(expected), strict=True):

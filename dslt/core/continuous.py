@@ -158,7 +158,7 @@ class ContinuousDecoder:
             chosen = order[begin : begin + rows]
             sets = [answers[i] for i in chosen]
             longest = max(len(answer) for answers in sets for answer in answers)
-            tokens = pad_rows([inputs[i] for i in chosen], rows, SOURCE_MULTIPLE)
+            tokens = pad_inputs([inputs[i] for i in chosen], rows, SOURCE_MULTIPLE)
             targets = pad_answers(sets, (rows, most, _round_up(longest, TARGET_MULTIPLE)))
             placed = jax.device_put((tokens, targets), sharding.batch_sharding(self.mesh))
             with sharding.inside(self.mesh):
@@ -229,7 +229,7 @@ class ContinuousDecoder:
     ) -> Sources:
         """The inputs of these indices, encoded in a batch of `rows`."""
         chosen = [inputs[i] for i in indices]
-        tokens = pad_rows(chosen, rows, SOURCE_MULTIPLE)
+        tokens = pad_inputs(chosen, rows, SOURCE_MULTIPLE)
         allowed = None
         if answers is not None:
             shape = max(map(len, answers)), max(len(a) for sets in answers for a in sets)
@@ -267,7 +267,7 @@ class ContinuousDecoder:
         return self._refill(slots, sources, into, places.astype(np.int32), np.int32(len(free)))
 
 
-def pad_rows(inputs: Sequence[np.ndarray], rows: int, multiple: int) -> np.ndarray:
+def pad_inputs(inputs: Sequence[np.ndarray], rows: int, multiple: int) -> np.ndarray:
     """At most `rows` sequences to [rows, length] int32, the length a multiple of `multiple`."""
     longest = max(1, *(len(tokens) for tokens in inputs))
     padded = np.full((rows, _round_up(longest, multiple)), PAD_ID, np.int32)

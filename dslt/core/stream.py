@@ -20,7 +20,7 @@ from flax import nnx
 from dslt.core import decode
 from dslt.core.answers import score_answers
 from dslt.core.batch import EOS_ID
-from dslt.core.continuous import before_eos, pad_answers, pad_rows, prepare
+from dslt.core.continuous import before_eos, pad_answers, pad_inputs, prepare
 from dslt.core.decode import DecodeConfig, Slots, Sources
 
 GROWTH = 8  # of a size to the next: fewer sizes, fewer programs to compile and more padding
@@ -40,7 +40,7 @@ class StreamPrograms:
 
     def encode(self, tokens: np.ndarray, source_length: int, start_id: int) -> Sources:
         """One input, int32, as the only row of Sources of `source_length`."""
-        padded = pad_rows([tokens], 1, source_length)
+        padded = pad_inputs([tokens], 1, source_length)
         ids = np.zeros(1, np.int32), np.full(1, start_id, np.int32)
         return self._encode(self._params, padded, *ids, graphdef=self._graphdef)
 
@@ -52,7 +52,7 @@ class StreamPrograms:
         self, tokens: np.ndarray, source_length: int, answers, shape: tuple[int, int]
     ) -> np.ndarray:
         """The log-likelihood, in nats, of each answer, the rest of `shape` [A, T] being padding."""
-        padded = pad_rows([tokens], 1, source_length), pad_answers([answers], (1, *shape))
+        padded = pad_inputs([tokens], 1, source_length), pad_answers([answers], (1, *shape))
         scores = self._score(self._params, *padded, graphdef=self._graphdef)
         return np.asarray(scores)[0, : len(answers)]
 

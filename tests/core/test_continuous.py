@@ -16,7 +16,7 @@ from dslt.core.continuous import (
     ContinuousDecoder,
     kept_length,
     pad_answers,
-    pad_rows,
+    pad_inputs,
     slot_shardings,
 )
 from dslt.core.decode import DecodeConfig, decode_batch, start
@@ -57,7 +57,7 @@ def before_eos(tokens: np.ndarray) -> list[int]:
 def in_one_batch(golden_t5, inputs, config=GREEDY, answers=None) -> list[list[int]]:
     """What `decode_batch` gives, before EOS."""
     graphdef, params = golden_t5
-    sources = pad_rows(inputs, len(inputs), 1)
+    sources = pad_inputs(inputs, len(inputs), 1)
     if answers is not None:
         longest = max(len(answer) for answers_of_row in answers for answer in answers_of_row)
         shape = len(answers), max(map(len, answers)), longest
@@ -184,7 +184,7 @@ def test_rows_that_end_at_once_end(golden_t5, inputs, decoder):
 
 def test_another_start_token_decodes_another_text(golden_t5, inputs, decoder):
     graphdef, params = golden_t5
-    sources = pad_rows(inputs, len(inputs), 1)
+    sources = pad_inputs(inputs, len(inputs), 1)
     settings = {"config": GREEDY, "max_length": MAX_LENGTH, "start_id": 7}
     batch = jax.jit(functools.partial(decode_batch, graphdef=graphdef, **settings))
     found = decoder[0](inputs, **settings)
@@ -230,7 +230,7 @@ def test_scores_are_those_of_each_inputs_own_answers(golden_t5, inputs, decoder)
     assert sum(counts) == len(inputs)
     score = jax.jit(score_answers, static_argnames="graphdef")
     for tokens, own, scores in zip(inputs, answers, found, strict=True):
-        padded = pad_rows([tokens], 1, 70)
+        padded = pad_inputs([tokens], 1, 70)
         alone = score(params, padded, pad_answers([own], (1, 5, 7)), graphdef=graphdef)
         np.testing.assert_allclose(scores, alone[0, : len(own)], atol=1e-4)  # float32 sums
         assert scores.shape == (len(own),)
@@ -240,7 +240,7 @@ def test_greedy_tokens_are_those_of_transformers(inputs, decoder, transformers_t
     import torch
 
     found = decoder[0](inputs, config=GREEDY, max_length=MAX_LENGTH)
-    sources = torch.from_numpy(pad_rows(inputs, len(inputs), 1)).long()
+    sources = torch.from_numpy(pad_inputs(inputs, len(inputs), 1)).long()
     with torch.inference_mode():
         generated = transformers_t5.generate(
             input_ids=sources,

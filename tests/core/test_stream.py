@@ -9,7 +9,7 @@ import pytest
 
 from dslt.core.answers import score_answers
 from dslt.core.batch import EOS_ID
-from dslt.core.continuous import before_eos, pad_rows
+from dslt.core.continuous import before_eos, pad_inputs
 from dslt.core.decode import decode_batch
 from dslt.core.stream import Stream, StreamPrograms, sizes
 
@@ -38,7 +38,7 @@ def make_stream(programs, **changes) -> Stream:
 def alone(golden_t5, inputs):
     """What a batch of all inputs decodes to."""
     graphdef, params = golden_t5
-    sources = pad_rows(inputs, len(inputs), 1)
+    sources = pad_inputs(inputs, len(inputs), 1)
     found = decode(params, sources, graphdef=graphdef, max_length=MAX_LENGTH)
     return [before_eos(row) for row in np.asarray(found)]
 
