@@ -366,20 +366,7 @@ def evaluate_run(
         steps = _unjudged_steps(run, config, splits, overrides, follow)
     for step in _share_steps(steps):
         started_secs = time.perf_counter()
-        problem = ""
-        try:
-            if decoder is None:
-                decoder = Decoder(run.checkpoints / str(step), mesh_config, config.rows)
-            else:
-                decoder.load_step(run.checkpoints, step)
-        except (OSError, KeyError, ValueError) as error:
-            is_gone = student.is_gone(run.checkpoints, step)
-            if not is_asked_for and is_gone:
-                problem = "is no longer there, newer checkpoints replaced it"
-            elif isinstance(error, DamagedCheckpoint) and not is_asked_for:
-                problem = str(error)
-            else:
-                raise
+        decoder, problem = _load(run, step, decoder, mesh_config, config.rows, is_asked_for)
         if problems := [text for text in distributed.gather(problem) if text]:
             print(f"step {step}: {problems[0]}; skipped", flush=True)
             skipped.append(problems[0])
@@ -399,6 +386,33 @@ def evaluate_run(
         found = "no checkpoint that is whole" if skipped else "no checkpoint yet"
         raise InputError(f"{run.checkpoints}: has {found}; expected one from `dslt train`")
     return rows
+
+
+def _load(
+    run: RunDir,
+    step: int,
+    decoder: Decoder | None,
+    mesh_config: MeshConfig,
+    rows: int,
+    is_asked_for: bool,
+) -> tuple[Decoder | None, str]:
+    """The decoder, made if there is none yet, with a step's parameters; or why to skip the step.
+
+    What is wrong with a step that is asked for is raised.
+    """
+    try:
+        if decoder is None:
+            return Decoder(run.checkpoints / str(step), mesh_config, rows), ""
+        decoder.load_step(run.checkpoints, step)
+        return decoder, ""
+    except (OSError, KeyError, ValueError) as error:
+        if is_asked_for:
+            raise
+        if student.is_gone(run.checkpoints, step):
+            return decoder, "is no longer there, newer checkpoints replaced it"
+        if isinstance(error, DamagedCheckpoint):
+            return decoder, str(error)
+        raise
 
 
 def wait_for_start(run: RunDir) -> None:
