@@ -42,6 +42,7 @@ COMMANDS = (
     *(sweep, report, bench, plan, replay),
 )
 RESUMABLE = ("extract", "train", "evaluate", "sweep")  # what is finished is not done again
+NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")  # as JAX looks for them; WSL's
 COMPUTING = ("train", "evaluate", "predict", "serve", "bench", "sweep", "replay")
 
 
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and args.command in COMPUTING:
         ask_for_huge_pages()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow looks for GPUs, and says so
+    if not any(map(os.path.exists, NVIDIA_DEVICES)):  # the compiler alone may be there, for `plan`
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     outlook = signals.GOES_ON if args.command in RESUMABLE else ""
     try:
         with signals.handled(outlook):

@@ -26,6 +26,7 @@ from dslt.core.continuous import (
     slot_shardings,
 )
 from dslt.core.decode import encode_sources, start_empty
+from dslt.core.gpu_target import has_compiler, has_cudnn
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
@@ -38,6 +39,8 @@ from dslt.train import TrainConfig, compile_step
 # Searches and trials compile with little effort: T5 Base on v5e:2x2 in 33 s for 166 s, its peak of
 # memory 2.46 GiB for 2.52. Elsewhere the two have differed by up to 13 %.
 QUICK = {"optimization_level": 9}  # XLA's O0
+# Which of its Triton products are fastest, or run at all, XLA tries on a GPU; cuBLAS's need none.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 MARGIN = 0.12  # of a chip's memory, that a search leaves free
 
 
@@ -189,10 +192,10 @@ def plan_training(
         missing.
     """
     attention.check_platform(run.model.attention, topology.platform)
-    if topology.chip.is_estimate and run.model.attention == "cudnn":
+    if run.model.attention == "cudnn" and not (has_compiler() and has_cudnn()):
         raise InputError(
-            f"{topology}: is estimated from the program of CPUs, for which there is no cuDNN; plan "
-            "with T5Config.attention = 'plain'"
+            f"{topology}: T5Config.attention = 'cudnn' is compiled where cuDNN is installed; plan "
+            "with 'flash_gpu', or pip install '.[gpu]' from a checkout"
         )
     mesh = sharding.make_mesh(run.mesh, compile_devices(topology))
     optimizer = make_optimizer(run.optimizer, run.train.num_steps)
@@ -361,9 +364,11 @@ def _compile(lowered, kinds: dict[str, int], topology: Topology, mesh, quick: bo
     available = hbm_bytes or topology.chip.hbm_bytes
     if topology.version == "cpu" and not available:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
-    options = (QUICK if quick and topology.is_tpu else {}) or None
+    options = QUICK if quick and topology.is_tpu else {}
+    if topology.is_gpu and not topology.is_estimate:
+        options = GPU_OPTIONS
     try:
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
         wanted = _wanted_bytes(str(error))
         if wanted is None:

@@ -16,9 +16,10 @@ def report_training(plan: TrainPlan) -> list[str]:
         f"batch       {shape.examples} examples in {plan.rows} rows of {shape.source_length} and "
         f"{shape.target_length} tokens, fill {fill} ({shape.origin})",
     ]
-    if topology.chip.is_estimate:
+    if topology.is_estimate:
         lines.append(
-            "ESTIMATE    compiled for the CPU: a GPU's compiler fuses and lays out otherwise"
+            "ESTIMATE    compiled for the CPU: a GPU's compiler fuses and lays out otherwise; it "
+            "comes with pip install '.[plan]' from a checkout"
         )
     lines += ["", "train step, one chip"] + report_memory(plan.memory)
     lines += ["", "FLOPs of a step, all chips"]

@@ -13,7 +13,7 @@ import pytest
 
 from dslt import config, plan, plan_report, plan_search
 from dslt.commands.plan import batch_shape
-from dslt.core import t5
+from dslt.core import gpu_target, t5
 from dslt.core.continuous import ContinuousDecoder
 from dslt.core.decode import DecodeConfig
 from dslt.core.optimizer import OptimizerConfig
@@ -45,7 +45,7 @@ BASE_SLICE = ["runs/step_by_step.gin", "settings/paper.gin", "slices/t5_v1_1_bas
 
 @pytest.fixture(scope="module")
 def libtpu():
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[tpu]'")
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[plan]'")
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +242,7 @@ def test_where_a_compiler_gives_up_no_kind_is_larger_than_what_it_wanted():
     assert found.rest == 0 and not found.fits()
 
 
+NO_CUDA = "compiling for GPUs needs their compiler: pip install '.[plan]'"
 FACTS = ["plan", "runs/step_by_step.gin", "settings/facts.gin"]
 AT_HAND = f"pipeline.DataConfig.records = ({__file__!r},)"
 
@@ -275,11 +276,33 @@ def test_rows_that_are_assumed_hold_what_a_method_encodes(method, rows, target_l
     assert (shape.rows, shape.source_length, shape.target_length) == (rows, 30, target_length)
 
 
-def test_one_gpu_sends_nothing_and_has_roofs(capsys):
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_one_gpu_sends_nothing_and_has_roofs(has_compiler, monkeypatch, capsys):
+    if has_compiler:
+        pytest.importorskip("jax_plugins.xla_cuda13", reason=NO_CUDA)
+    else:
+        monkeypatch.setattr(gpu_target, "has_compiler", lambda: False)
     shape = ["--rows", "2", "--source_length", "32", "--target_length", "16"]
     assert main([*FACTS, "--topology", "h100:1", *shape]) == 0
     text = capsys.readouterr().out
     assert "links: 0.0 GB" in text and re.search(r"(compute|memory) binds", text)
+    assert ("ESTIMATE" in text) == (not has_compiler)
+    assert text.count(": fits") == 2
+
+
+def test_gpus_are_planned_by_their_own_compiler():
+    pytest.importorskip("jax_plugins.xla_cuda13", reason=NO_CUDA)
+    model = dataclasses.replace(MODEL, d_kv=16, attention="flash_gpu", dtype="bfloat16")
+    run = dataclasses.replace(RUN, model=model, mesh=MeshConfig(data=2, fsdp=2))
+    found = plan.plan_training(run, parse_topology("h100:4"))
+    kinds = {(each.kind, each.axes) for each in found.collectives}
+    assert {("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",))} <= kinds
+    assert found.memory.fits() and found.memory.peak > sum(found.memory.kinds.values())
+    alone = dataclasses.replace(run, mesh=MeshConfig())
+    whole = plan.plan_training(alone, parse_topology("h100:1"))
+    state = [each.memory.kinds["optimizer state"] for each in (found, whole)]
+    assert state[0] == pytest.approx(state[1] / 2, rel=0.05)
+    assert plan.plan_decoding(run, parse_topology("h100:4")).num_chips == 4
 
 
 @pytest.mark.usefixtures("libtpu")
@@ -306,7 +329,7 @@ def test_decoding_is_planned_on_one_hosts_chips():
                 *("--gin", "t5.T5Config.dtype = 'bfloat16'", "--gin"),
                 "t5.T5Config.attention_dropout_rate = 0.0",
             ],
-            "there is no cuDNN",
+            "is compiled where cuDNN is installed",
         ),
         (["--topology", "cpu:8", "--gin", "sharding.MeshConfig.fsdp = 3"], "MeshConfig"),
         (["--topology", "cpu:99"], "host devices"),

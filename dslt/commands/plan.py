@@ -18,7 +18,7 @@ def add(commands) -> None:
     command.add_argument(
         "--topology",
         required=True,
-        help="v5e:4x8, v5litepod-32, v4-32, v5p:2x2x1, v6e-8; h100:8 (an estimate); cpu:8",
+        help="v5e:4x8, v5litepod-32, v4-32, v5p:2x2x1, v6e-8; a100:8, h100:8, h200:8; cpu:8",
     )
     command.add_argument(
         "--quick",

@@ -16,6 +16,7 @@ import re
 
 import jax
 
+from dslt.core import gpu_target
 from dslt.core.flops import PEAK_FLOPS
 from dslt.errors import InputError
 
@@ -31,14 +32,12 @@ class Chip:
       hbm_bytes: what a program may use of it; None where no device memory bounds it.
       hbm_bandwidth: bytes a second.
       link_bandwidth: bytes a second that a chip can send at most, over all its ports (ICI, NVLink).
-      is_estimate: no compiler for it at hand: what is said of it comes from the CPU's program.
     """
 
     kind: str
     hbm_bytes: int | None
     hbm_bandwidth: float | None = None
     link_bandwidth: float | None = None
-    is_estimate: bool = False
 
     @property
     def peak_flops(self) -> float | None:
@@ -54,10 +53,10 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 819e9, 200e9),
     "v5p": Chip("TPU v5", int(95.74 * GIB), 2765e9, 600e9),
     "v6e": Chip("TPU v6 lite", int(31.25 * GIB), 1638e9, 400e9),
-    "a100-40gb": Chip("NVIDIA A100", int(0.9 * 40e9), 1555e9, 300e9, is_estimate=True),
-    "a100": Chip("NVIDIA A100", int(0.9 * 80e9), 2039e9, 300e9, is_estimate=True),
-    "h100": Chip("NVIDIA H100", int(0.9 * 80e9), 3350e9, 450e9, is_estimate=True),
-    "h200": Chip("NVIDIA H200", int(0.9 * 141e9), 4800e9, 450e9, is_estimate=True),
+    "a100-40gb": Chip("NVIDIA A100", int(0.9 * 40e9), 1555e9, 300e9),
+    "a100": Chip("NVIDIA A100", int(0.9 * 80e9), 2039e9, 300e9),
+    "h100": Chip("NVIDIA H100", int(0.9 * 80e9), 3350e9, 450e9),
+    "h200": Chip("NVIDIA H200", int(0.9 * 141e9), 4800e9, 450e9),
     "cpu": Chip("cpu", None),
 }
 TPU_VERSIONS = ("v4", "v5e", "v5p", "v6e")
@@ -113,7 +112,7 @@ class Topology:
     @property
     def platform(self) -> str:
         """Of its devices, as JAX calls it: `tpu`, `gpu` or `cpu`."""
-        return "tpu" if self.is_tpu else "gpu" if self.chip.is_estimate else "cpu"
+        return "tpu" if self.is_tpu else "gpu" if self.is_gpu else "cpu"
 
     @property
     def num_chips(self) -> int:
@@ -122,6 +121,15 @@ class Topology:
     @property
     def is_tpu(self) -> bool:
         return self.version in TPU_VERSIONS
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.version in gpu_target.TARGETS
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether its compiler is missing: what is said of it then comes from the CPU's program."""
+        return self.is_gpu and not gpu_target.has_compiler()
 
     def __str__(self) -> str:
         return f"{self.version}:{'x'.join(map(str, self.shape))}"
@@ -132,7 +140,7 @@ def parse_topology(name: str) -> Topology:
     text = name.lower().strip().replace("v5litepod", "v5e")
     version, separator, rest = re.match(r"(.*?)(?:([:-])(\d[\dx]*))?$", text).groups("")
     if version == "gpu":
-        gpus = ", ".join(f"{key}:8" for key, chip in CHIPS.items() if chip.is_estimate)
+        gpus = ", ".join(f"{key}:8" for key in gpu_target.TARGETS)
         raise InputError(f"--topology {name}: say which GPU, one of {gpus}")
     if version not in CHIPS or not rest:
         raise InputError(
@@ -169,6 +177,8 @@ def one_host(topology: Topology) -> Topology:
     num_own = sum(device.process_index == devices[0].process_index for device in devices)
     if num_own == topology.num_chips:
         return topology
+    if topology.is_gpu:
+        return Topology(topology.version, (num_own,))
     return next(part for part in slices(topology.version) if part.num_chips == num_own)
 
 
@@ -179,11 +189,16 @@ def cloud_name(topology: Topology) -> str:
 
 
 def compile_devices(topology: Topology) -> list[jax.Device]:
-    """Devices that can be compiled for; nothing can be run on a TPU's.
+    """Devices that can be compiled for; nothing can be run on a TPU's or a GPU's.
+
+    Where GPUs' compiler is missing, host devices stand for them.
 
     Raises:
       InputError: libtpu is missing or does not know the topology, or fewer host devices are there.
     """
+    if topology.is_gpu and not topology.is_estimate:
+        bandwidth = topology.chip.hbm_bandwidth
+        return gpu_target.devices(topology.version, topology.num_chips, bandwidth)
     if not topology.is_tpu:
         return _host_devices(topology)
     # libtpu would look for other processes' chips and for a cloud's metadata server.
@@ -199,7 +214,7 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             f"{topology}: compiling for TPUs needs libtpu, which runs without a TPU; install it "
-            "with pip install '.[tpu]' from a checkout, or plan for cpu:8"
+            "with pip install '.[plan]' from a checkout, or plan for cpu:8"
         )
     from jax.experimental import topologies
 

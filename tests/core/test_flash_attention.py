@@ -306,22 +306,31 @@ def h100():
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def tpu_devices(name: str):
+def devices_of(name: str):
     """Devices to compile for; they need not be there."""
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[tpu]'")
-    return compile_devices(parse_topology(name))
+    topology = parse_topology(name)
+    compiler = "libtpu" if topology.is_tpu else "jax_plugins.xla_cuda13"
+    pytest.importorskip(compiler, reason=f"{name} needs its compiler: pip install '.[plan]'")
+    return compile_devices(topology)
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1"])
+@pytest.mark.parametrize(
+    ("topology", "kernels"),
+    [("v5e:2x4", 2), ("v5p:2x2x1", 2), ("h100:1", 4), ("a100:1", 4)],
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize(
     ("lengths", "is_causal"),
     [((512, 512), False), ((640, 640), True), ((128, 512), False)],
     ids=["self", "causal", "cross"],
 )
-def test_the_kernel_compiles_for_tpus(topology, dtype, lengths, is_causal):
+def test_the_kernels_compile_for_devices_that_are_not_there(
+    topology, kernels, dtype, lengths, is_causal
+):
+    """To machine code; the last of a GPU's kernels sums for a bias, which is self-attention's."""
     num_queries, num_keys = lengths
-    where = SingleDeviceSharding(tpu_devices(topology)[0])
+    device = devices_of(topology)[0]
+    where = SingleDeviceSharding(device)
 
     def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -335,19 +344,21 @@ def test_the_kernel_compiles_for_tpus(topology, dtype, lengths, is_causal):
         def attend(*inputs):
             return flash_attention(
                 *inputs, *segments, is_causal=is_causal, dropout_rate=0.1,
-                dropout_key=jax.random.key(0),
+                dropout_key=jax.random.key(0), platform=device.platform,
             )  # fmt: skip
 
         out, pull_back = jax.vjp(attend, queries, keys, values, bias)
         return out, pull_back(d_out)
 
     program = jax.jit(run).lower(*inputs, bias, inputs[0], *segments).compile().as_text()
-    assert len(re.findall(r'custom_call_target="tpu_custom_call"', program)) == 2
+    targets = re.findall(r'custom_call_target="([^"]*)"', program)
+    found = [target for target in targets if target in ("tpu_custom_call", "__gpu$xla.gpu.triton")]
+    assert len(found) == kernels - (device.platform == "gpu" and not is_self)
 
 
 def test_the_gradient_on_tpus_holds_no_scores():
     """Of 384 sources and 384 keys, padded to 512 in the kernel; plain attention does hold them."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), tpu_devices("v5e:2x4"))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices_of("v5e:2x4"))
 
     def scores(**fields):
         """Shapes in the compiled gradient that end in two lengths of the source."""

@@ -5,11 +5,13 @@ import sys
 import jax
 import pytest
 
+from dslt.core import gpu_target
 from dslt.core.topology import (
     CHIPS,
     TPU_VERSIONS,
     cloud_name,
     compile_devices,
+    one_host,
     parse_topology,
     slices,
 )
@@ -76,15 +78,32 @@ def test_host_devices_are_those_of_the_process():
 
 def test_missing_libtpu_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(InputError, match=r"pip install '\.\[tpu\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[plan\]'"):
         compile_devices(parse_topology("v5e:2x2"))
 
 
 def test_tpu_devices():
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[tpu]'")
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: pip install '.[plan]'")
     assert [d.device_kind for d in compile_devices(parse_topology("v5e-8"))] == ["TPU v5 lite"] * 8
     assert len(compile_devices(parse_topology("v4-8"))) == 4  # one device a chip, as on the machine
     for one_chip in ("v6e-1", "v4:1x1x1"):
         assert len(compile_devices(parse_topology(one_chip))) == 1
     with pytest.raises(InputError, match=r"v5e:3x5: .*Slices: v5e:1x1, "):
         compile_devices(parse_topology("v5e:3x5"))
+
+
+def test_gpu_devices():
+    reason = "compiling for GPUs needs their compiler: pip install '.[plan]'"
+    pytest.importorskip("jax_plugins.xla_cuda13", reason=reason)
+    devices = compile_devices(parse_topology("h200:3"))
+    assert [d.device_kind for d in devices] == ["NVIDIA H200"] * 3
+    devices = compile_devices(parse_topology("a100-40gb:16"))
+    assert [d.process_index for d in devices] == [0] * 8 + [1] * 8
+    assert one_host(parse_topology("a100-40gb:16")) == parse_topology("a100-40gb:8")
+
+
+def test_without_their_compiler_host_devices_stand_for_gpus(monkeypatch):
+    monkeypatch.setattr(gpu_target, "has_compiler", lambda: False)
+    topology = parse_topology("h100:4")
+    assert topology.is_estimate and topology.platform == "gpu"
+    assert compile_devices(topology) == jax.devices()[:4]
