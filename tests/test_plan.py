@@ -161,14 +161,14 @@ def test_where_slots_outgrow_their_sources_decoding_is_at_its_planned_peak():
     decoder = ContinuousDecoder(graphdef, make_mesh(mesh, jax.devices()[:1]), run.evaluate.rows)
     before = held_bytes()
     params = decoder.prepare(params)
-    widen, found = decoder._widen_sources, []
+    widen, found = decoder.widen_sources, []
 
     def widen_and_look(*args, **kwargs):
         wider = jax.block_until_ready(widen(*args, **kwargs))
         found.append(held_bytes() - before)
         return wider
 
-    decoder._widen_sources = widen_and_look
+    decoder.widen_sources = widen_and_look
     inputs = [np.full(length, 5, np.int32) for length in (20,) * 13 + (90,) * 13 + (128,) * 13]
     decoder(params, inputs, config=DecodeConfig(), max_length=run.evaluate.max_label_length)
     assert 0.9 * planned < max(found) <= planned

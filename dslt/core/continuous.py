@@ -56,7 +56,8 @@ class ContinuousDecoder:
     """Keeps the compiled programs of one model on one mesh.
 
     Attributes:
-      encode, run, score_answers: those that a device must have room for.
+      encode, run, score_answers: the programs that a device must have room for.
+      start, refill, keep_rows, resize_cache, widen_sources: what is done to slots between them.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, rows: int):
@@ -75,30 +76,30 @@ class ContinuousDecoder:
         self.encode = jit(
             decode.encode_sources, static_argnames="graphdef", out_shardings=placed.sources
         )
-        self._start = of_slots(
+        self.start = of_slots(
             decode.start_empty, static_argnames=("rows", "config", "cache_length", "max_length")
         )
         self.run = of_slots(
             decode.run, static_argnames=("graphdef", "config"), donate_argnames="slots"
         )
-        self._refill = of_slots(decode.refill, donate_argnames="slots")
-        self._keep_rows = of_slots(decode.keep_rows)
-        self._resize_cache = jit(
+        self.refill = of_slots(decode.refill, donate_argnames="slots")
+        self.keep_rows = of_slots(decode.keep_rows)
+        self.resize_cache = jit(
             decode.resize_cache,
             static_argnames="cache_length",
             out_shardings=(placed.self_cache, placed.can_see),
         )
-        self._widen_sources = jit(
+        self.widen_sources = jit(
             decode.widen_sources,
             static_argnames="source_length",
             out_shardings=(placed.sources.cross, placed.sources.mask),
         )
         self.score_answers = jit(score_answers, static_argnames="graphdef")
-        self._graphdef = graphdef
+        self.graphdef = graphdef
 
     def prepare(self, params: dict) -> dict:
         """Done once for all inputs: a slice or a rounding at every call would be a copy."""
-        return self._prepare(params, graphdef=self._graphdef)
+        return self._prepare(params, graphdef=self.graphdef)
 
     def num_encoded(self, rows: int) -> int:
         """Inputs that are encoded at a time, to fill `rows` slots."""
@@ -133,10 +134,10 @@ class ContinuousDecoder:
         Returns:
           The tokens before EOS, in the order of `inputs`.
         """
+        numbers = range(len(inputs)) if numbers is None else numbers
         with sharding.inside(self.mesh):
-            return self._decode(
-                params, inputs, config, max_length, answers, start_id, numbers, on_decoded
-            )
+            call = _Call(self, params, inputs, config, max_length, answers, start_id, numbers)
+            return call.run(on_decoded)
 
     def score(
         self,
@@ -162,109 +163,160 @@ class ContinuousDecoder:
             targets = pad_answers(sets, (rows, most, _round_up(longest, TARGET_MULTIPLE)))
             placed = jax.device_put((tokens, targets), sharding.batch_sharding(self.mesh))
             with sharding.inside(self.mesh):
-                found = np.asarray(self.score_answers(params, *placed, graphdef=self._graphdef))
+                found = np.asarray(self.score_answers(params, *placed, graphdef=self.graphdef))
             for i, row in zip(chosen, found, strict=False):
                 scores[i] = row[: len(answers[i])]
             on_scored(len(chosen))
         return scores
 
-    def _decode(
-        self, params, inputs, config, max_length, answers, start_id, numbers, on_decoded
-    ) -> list[list[int]]:
-        """`__call__`, inside the mesh."""
-        numbers = range(len(inputs)) if numbers is None else numbers
-        outputs: list[list[int]] = [[] for _ in inputs]
+
+class _Call:
+    """The inputs of one call: each waits, is encoded beside others, lies in a slot, and is decoded.
+
+    Attributes:
+      outputs: tokens of the inputs that have been decoded.
+    """
+
+    def __init__(
+        self,
+        decoder: ContinuousDecoder,
+        params: dict,
+        inputs: Sequence[np.ndarray],
+        config: DecodeConfig,
+        max_length: int,
+        answers: Sequence[Sequence[Sequence[int]]] | None,
+        start_id: int,
+        numbers: Sequence[int],
+    ):
+        """Arguments as of `ContinuousDecoder`'s call."""
+        self._decoder = decoder
+        self._params = params
+        self._inputs = inputs
+        self._config = config
+        self._max_length = max_length
+        self._answers = answers
+        self._start_id = start_id
+        self._numbers = numbers
+        self.outputs: list[list[int]] = [[] for _ in inputs]
         # Shortest first: then the slots' sources grow in length, and never shrink.
-        waiting = sorted(range(len(inputs)), key=lambda i: len(inputs[i]), reverse=True)
-        rows = min(self.rows, _round_up(max(len(inputs), 1), self.multiple))
-        num_encoded = self.num_encoded(rows)
-        index_of_slot = np.full(rows, -1)
-        encoded: list[int] = []  # indices of the inputs that wait in `sources`
-        slots = None
-        while True:
-            free = np.flatnonzero(index_of_slot < 0)
-            while len(free) and (waiting or encoded):
-                if not encoded:
-                    encoded = [waiting.pop() for _ in range(min(num_encoded, len(waiting)))]
-                    sources = self._encode_sources(
-                        params, inputs, encoded, num_encoded, answers, start_id, numbers
-                    )
-                    taken = 0
-                    slots = self._fit(slots, sources, rows, config, max_length)
-                count = min(len(free), len(encoded))
-                index_of_slot[free[:count]] = encoded[:count]
-                slots = self._put(slots, sources, free[:count], taken)
-                free, encoded, taken = free[count:], encoded[count:], taken + count
-            if (index_of_slot < 0).all():
-                return outputs
-            if waiting or encoded:
-                stop_at = rows - max(rows // FREE_SHARE, 1)
-            else:  # the last and longest ones: a step of few rows is quicker
-                fewer = _round_up(max(rows // KEPT_SHARE, FEWEST_ROWS), self.multiple)
-                if (index_of_slot >= 0).sum() <= fewer < rows:
-                    kept = np.argsort(index_of_slot < 0, stable=True)[:fewer].astype(np.int32)
-                    slots, index_of_slot = self._keep_rows(slots, kept), index_of_slot[kept]
-                    rows = fewer
-                    continue
-                stop_at = fewer if fewer < rows else 0
-            slots = self.run(params, slots, stop_at, graphdef=self._graphdef, config=config)
-            is_live, lengths, tokens = jax.device_get(
-                (slots.is_live, slots.lengths, decode.decoded_tokens(slots))
-            )
-            ended = np.flatnonzero((index_of_slot >= 0) & ~is_live)
-            for slot in ended:
-                outputs[index_of_slot[slot]] = before_eos(tokens[slot, : lengths[slot]])
-            index_of_slot[ended] = -1
-            on_decoded(len(ended))
-            cache_length = slots.can_see.shape[2]
-            if (is_live & (lengths >= cache_length)).any():
-                length = min(2 * cache_length, max_length)
-                resized = self._resize_cache(
-                    slots.self_cache, slots.can_see, slots.step, cache_length=length
-                )
-                slots = slots._replace(self_cache=resized[0], can_see=resized[1])
+        self._waiting = sorted(range(len(inputs)), key=lambda i: len(inputs[i]), reverse=True)
+        self._encoded: list[int] = []  # indices of the inputs that wait in `_sources`
+        self._sources: Sources | None = None
+        self._taken = 0  # of `_sources`
+        rows = min(decoder.rows, _round_up(max(len(inputs), 1), decoder.multiple))
+        self._index_of_slot = np.full(rows, -1)
+        self._num_encoded = decoder.num_encoded(rows)
+        self._slots: Slots | None = None
 
-    def _encode_sources(
-        self, params, inputs, indices, rows: int, answers, start_id: int, numbers
-    ) -> Sources:
-        """The inputs of these indices, encoded in a batch of `rows`."""
-        chosen = [inputs[i] for i in indices]
-        tokens = pad_inputs(chosen, rows, SOURCE_MULTIPLE)
+    def run(self, on_decoded: Callable[[int], None]) -> list[list[int]]:
+        """Decodes all inputs."""
+        self._fill_slots()
+        while (self._index_of_slot >= 0).any():
+            self._drop_rows()
+            on_decoded(self._advance())
+            self._fill_slots()
+        return self.outputs
+
+    def _fill_slots(self) -> None:
+        """Gives every free slot an input, as long as there are any."""
+        free = np.flatnonzero(self._index_of_slot < 0)
+        while len(free) and (self._waiting or self._encoded):
+            if not self._encoded:
+                count = min(self._num_encoded, len(self._waiting))
+                self._encoded = [self._waiting.pop() for _ in range(count)]
+                self._sources, self._taken = self._encode_sources(), 0
+                self._make_room()
+            count = min(len(free), len(self._encoded))
+            self._index_of_slot[free[:count]] = self._encoded[:count]
+            self._put(free[:count])
+            self._taken += count
+            free, self._encoded = free[count:], self._encoded[count:]
+
+    def _encode_sources(self) -> Sources:
+        """The inputs that are `_encoded`, in a batch of one size throughout the call."""
+        rows = self._num_encoded
+        tokens = pad_inputs([self._inputs[i] for i in self._encoded], rows, SOURCE_MULTIPLE)
         allowed = None
-        if answers is not None:
-            shape = max(map(len, answers)), max(len(a) for sets in answers for a in sets)
-            allowed = pad_answers([answers[i] for i in indices], (rows, *shape))
-        padded = np.zeros(rows, np.int32)
-        padded[: len(indices)] = [numbers[i] for i in indices]
-        start_ids = np.full(rows, start_id, np.int32)
+        if self._answers is not None:
+            longest = max(len(answer) for answers in self._answers for answer in answers)
+            shape = rows, max(map(len, self._answers)), longest
+            allowed = pad_answers([self._answers[i] for i in self._encoded], shape)
+        numbers = np.zeros(rows, np.int32)
+        numbers[: len(self._encoded)] = [self._numbers[i] for i in self._encoded]
+        start_ids = np.full(rows, self._start_id, np.int32)
         placed = jax.device_put(
-            (tokens, padded, start_ids, allowed), sharding.batch_sharding(self.mesh)
+            (tokens, numbers, start_ids, allowed), sharding.batch_sharding(self._decoder.mesh)
         )
-        return self.encode(params, *placed, graphdef=self._graphdef)
+        return self._decoder.encode(self._params, *placed, graphdef=self._decoder.graphdef)
 
-    def _fit(self, slots: Slots | None, sources: Sources, rows, config, max_length) -> Slots:
-        """Slots, made if there are none yet, that have room for `sources`."""
-        length = kept_length(sources.mask.shape[1])
-        if slots is None:
-            slots = self._start(
-                sources,
-                rows=rows,
-                config=config,
-                cache_length=min(SHORTEST, max_length),
-                max_length=max_length,
+    def _make_room(self) -> None:
+        """Slots, made if there are none yet, that have room for `_sources`."""
+        decoder, length = self._decoder, kept_length(self._sources.mask.shape[1])
+        if self._slots is None:
+            self._slots = decoder.start(
+                self._sources,
+                rows=len(self._index_of_slot),
+                config=self._config,
+                cache_length=min(SHORTEST, self._max_length),
+                max_length=self._max_length,
             )
-        if slots.sources.mask.shape[1] < length:
-            sources = slots.sources
-            cross, mask = self._widen_sources(sources.cross, sources.mask, source_length=length)
-            slots = slots._replace(sources=sources._replace(cross=cross, mask=mask))
-        return slots
+        kept = self._slots.sources
+        if kept.mask.shape[1] < length:
+            cross, mask = decoder.widen_sources(kept.cross, kept.mask, source_length=length)
+            self._slots = self._slots._replace(sources=kept._replace(cross=cross, mask=mask))
 
-    def _put(self, slots: Slots, sources: Sources, free: np.ndarray, taken: int) -> Slots:
-        """Fills the free slots with the sources from `taken` on."""
-        into = np.zeros(slots.is_live.shape[0], np.int32)
+    def _put(self, free: np.ndarray) -> None:
+        """Fills the free slots with what is next in `_sources`."""
+        into = np.zeros(len(self._index_of_slot), np.int32)
         into[: len(free)] = free
-        places = np.clip(taken + np.arange(len(into)), 0, sources.mask.shape[0] - 1)
-        return self._refill(slots, sources, into, places.astype(np.int32), np.int32(len(free)))
+        places = self._taken + np.arange(len(into))
+        places = np.clip(places, 0, self._sources.mask.shape[0] - 1).astype(np.int32)
+        self._slots = self._decoder.refill(
+            self._slots, self._sources, into, places, np.int32(len(free))
+        )
+
+    def _fewer_rows(self) -> int:
+        """How many rows to go on with, once no more are live and nothing waits."""
+        rows = len(self._index_of_slot)
+        fewer = _round_up(max(rows // KEPT_SHARE, FEWEST_ROWS), self._decoder.multiple)
+        return min(fewer, rows)
+
+    def _drop_rows(self) -> None:
+        """Leaves free slots behind where nothing waits for them: a step of few rows is quicker."""
+        while not (self._waiting or self._encoded):
+            fewer, is_free = self._fewer_rows(), self._index_of_slot < 0
+            if fewer == len(is_free) or (~is_free).sum() > fewer:
+                return
+            kept = np.argsort(is_free, stable=True)[:fewer].astype(np.int32)
+            self._slots = self._decoder.keep_rows(self._slots, kept)
+            self._index_of_slot = self._index_of_slot[kept]
+
+    def _advance(self) -> int:
+        """Takes steps until slots are free, or a cache is full; how many inputs were decoded."""
+        rows, fewer = len(self._index_of_slot), self._fewer_rows()
+        stop_at = fewer if fewer < rows else 0
+        if self._waiting or self._encoded:
+            stop_at = rows - max(rows // FREE_SHARE, 1)
+        decoder = self._decoder
+        slots = decoder.run(
+            self._params, self._slots, stop_at, graphdef=decoder.graphdef, config=self._config
+        )
+        is_live, lengths, tokens = jax.device_get(
+            (slots.is_live, slots.lengths, decode.decoded_tokens(slots))
+        )
+        ended = np.flatnonzero((self._index_of_slot >= 0) & ~is_live)
+        for slot in ended:
+            self.outputs[self._index_of_slot[slot]] = before_eos(tokens[slot, : lengths[slot]])
+        self._index_of_slot[ended] = -1
+        cache_length = slots.can_see.shape[2]
+        if (is_live & (lengths >= cache_length)).any():
+            length = min(2 * cache_length, self._max_length)
+            cache, can_see = decoder.resize_cache(
+                slots.self_cache, slots.can_see, slots.step, cache_length=length
+            )
+            slots = slots._replace(self_cache=cache, can_see=can_see)
+        self._slots = slots
+        return len(ended)
 
 
 def pad_inputs(inputs: Sequence[np.ndarray], rows: int, multiple: int) -> np.ndarray:

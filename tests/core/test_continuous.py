@@ -87,8 +87,8 @@ def test_the_last_rows_go_on_in_a_smaller_batch(golden_t5, inputs, monkeypatch, 
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     decoder = ContinuousDecoder(golden_t5[0], mesh, rows=8)
     kept = []
-    keep_rows = decoder._keep_rows
-    decoder._keep_rows = lambda slots, rows: kept.append(len(rows)) or keep_rows(slots, rows)
+    keep_rows = decoder.keep_rows
+    decoder.keep_rows = lambda slots, rows: kept.append(len(rows)) or keep_rows(slots, rows)
     params = decoder.prepare(golden_t5[1])
     found = decoder(params, inputs, config=config, max_length=MAX_LENGTH)
     assert found == in_one_batch(golden_t5, inputs, config)
