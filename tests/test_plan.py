@@ -220,6 +220,17 @@ def test_the_largest_batch_fits_and_one_row_a_device_more_does_not(planned):
     assert not more.memory.fits(plan.MARGIN)
 
 
+def test_the_smallest_number_of_gpus(monkeypatch):
+    monkeypatch.setattr(gpu_target, "has_compiler", lambda: False)
+    run = dataclasses.replace(RUN, mesh=MeshConfig(data=1, fsdp=-1))
+    one = plan.plan_training(run, parse_topology("h100:1")).memory.peak
+    lines = []
+    h100 = parse_topology("h100:8")
+    best = plan_search.smallest_slice(run, h100, hbm_bytes=int(0.9 * one), say=lines.append)
+    assert best.topology.num_chips in (2, 4) and best.memory.fits(plan.MARGIN)
+    assert len(lines) > 1 and lines[0].startswith("  h100:1: ") and lines[0].endswith("no")
+
+
 @pytest.mark.parametrize(
     ("message", "gib"),
     [

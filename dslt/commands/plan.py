@@ -26,7 +26,9 @@ def add(commands) -> None:
         help="compile with little effort: a fifth of the time, memory within 13 percent",
     )
     command.add_argument(
-        "--search", action="store_true", help="find the largest batch and the smallest slice"
+        "--search",
+        action="store_true",
+        help="find the largest batch and the smallest slice, or number of GPUs",
     )
     command.add_argument(
         "--hbm_gib", type=positive_float, help="memory of a chip, in place of what is known"
@@ -74,10 +76,13 @@ def plan(args) -> None:
         print(f"\nlargest batch on {topology}, compiled with little effort:")
         best = plan_search.largest_batch(run, topology, hbm_bytes, say)
         print(f"  largest found: {best.run.shape.examples} examples" if best else "  none fits")
-        if topology.is_tpu:
-            print(f"\nsmallest {topology.version} slice for this batch:")
+        if topology.is_tpu or topology.is_gpu:
+            kind = "slice" if topology.is_tpu else "number of GPUs"
+            print(f"\nsmallest {topology.version} {kind} for this batch:")
             best = plan_search.smallest_slice(run, topology, hbm_bytes, say)
-            name = best and f"{best.topology} ({cloud_name(best.topology)})"
+            name = best and str(best.topology)
+            if best and topology.is_tpu:
+                name += f" ({cloud_name(best.topology)})"
             print(f"  smallest: {name}" if best else "  none fits")
 
 

@@ -166,7 +166,9 @@ def parse_topology(name: str) -> Topology:
 
 
 def slices(version: str) -> list[Topology]:
-    """The slices of a TPU version that can be rented, the smallest first."""
+    """The slices of a TPU version that can be rented, the smallest first; of GPUs, one host's."""
+    if version in gpu_target.TARGETS:
+        return [Topology(version, (count,)) for count in (1, 2, 4, gpu_target.GPUS_PER_HOST)]
     shapes = SLICES_3D if version in ("v4", "v5p") else SLICES_2D
     return [Topology(version, tuple(map(int, shape.split("x")))) for shape in shapes.values()]
 
@@ -177,8 +179,6 @@ def one_host(topology: Topology) -> Topology:
     num_own = sum(device.process_index == devices[0].process_index for device in devices)
     if num_own == topology.num_chips:
         return topology
-    if topology.is_gpu:
-        return Topology(topology.version, (num_own,))
     return next(part for part in slices(topology.version) if part.num_chips == num_own)
 
 
