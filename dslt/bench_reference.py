@@ -21,6 +21,7 @@ from dslt.core.batch import PAD_ID, ROLE_LABEL, ROLE_RATIONALE, Batch
 from dslt.core.optimizer import OptimizerConfig
 from dslt.core.t5 import T5Config
 
+WARM_UP = 3  # batches
 IGNORED = -100  # what PyTorch's cross-entropy leaves out
 
 
@@ -137,16 +138,21 @@ class HuggingFaceT5:
 
 
 def fastest(batches: Sequence[Batch], *arguments) -> tuple[HuggingFaceT5, str]:
-    """Eager or compiled, whichever is faster on these batches after a warm-up, and its name."""
+    """Eager or compiled, whichever is faster after a warm-up, and its name.
+
+    The compiled one has seen all of these batches then: lengths that it meets for the first time
+    may be compilations, which a longer run has behind it.
+    """
     eager = HuggingFaceT5(*arguments)
     compiled = HuggingFaceT5(*arguments, is_compiled=True)
-    for batch in batches:
+    few = batches[:WARM_UP]
+    for batch in few:
         eager.run(batch)
-    eager_secs = min(eager.run(batch) for batch in batches)
+    eager_secs = min(map(eager.run, few))
     try:
-        for batch in batches:  # each shape may be a compilation, until they are taken as variable
+        for batch in batches:
             compiled.run(batch)
-        compiled_secs = min(compiled.run(batch) for batch in batches)
+        compiled_secs = min(map(compiled.run, few))
     except Exception as error:  # no compiler here, or a graph that it cannot take: say so, go on
         return eager, f"eager (torch.compile failed: {type(error).__name__})"
     secs = f"eager {eager_secs:.3g} s, compiled {compiled_secs:.3g} s a step"
