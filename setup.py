@@ -50,7 +50,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],
         # Compilers for devices that are not there, for `dslt plan`; of CUDA the assembler alone.
-        "plan": ["jax[tpu]>=0.10.2", "jax-cuda13-plugin>=0.10.2", "nvidia-cuda-nvcc>=13"],
+        "plan": ["jax[tpu,cuda13-local]>=0.10.2", "nvidia-cuda-nvcc>=13"],
         "teacher": ["openai>=3.54.0"],  # to ask an endpoint; nothing else needs it
         "report": _REPORT,
         "serve": _SERVE,

@@ -194,8 +194,8 @@ def plan_training(
     attention.check_platform(run.model.attention, topology.platform)
     if run.model.attention == "cudnn" and not (has_compiler() and has_cudnn()):
         raise InputError(
-            f"{topology}: T5Config.attention = 'cudnn' is compiled where cuDNN is installed; plan "
-            "with 'flash_gpu', or pip install '.[gpu]' from a checkout"
+            f"{topology}: T5Config.attention = 'cudnn' is compiled where cuDNN and a compiler for "
+            "GPUs are installed; plan with 'flash_gpu', or pip install '.[gpu]' from a checkout"
         )
     mesh = sharding.make_mesh(run.mesh, compile_devices(topology))
     optimizer = make_optimizer(run.optimizer, run.train.num_steps)
@@ -370,6 +370,11 @@ def _compile(lowered, kinds: dict[str, int], topology: Topology, mesh, quick: bo
     try:
         compiled = lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
+        if "No PTX compilation provider" in str(error):
+            raise InputError(
+                f"{topology}: compiling for GPUs needs CUDA's ptxas; install it with "
+                "pip install '.[plan]' from a checkout"
+            ) from None
         wanted = _wanted_bytes(str(error))
         if wanted is None:
             raise

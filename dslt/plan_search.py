@@ -127,8 +127,14 @@ def _where_full(points: dict[int, TrainPlan], share: float) -> int:
 def smallest_slice(
     run: Run, topology: Topology, hbm_bytes: int | None = None, say: Callable = print
 ) -> TrainPlan | None:
-    """The plan on the smallest slice of this generation that the run fits with MARGIN to spare."""
-    for candidate in slices(topology.version):
+    """The plan on the smallest slice of this generation that the run fits with MARGIN to spare.
+
+    Of GPUs one host's are tried, and `topology` itself.
+    """
+    candidates = slices(topology.version)
+    if topology.is_gpu and topology not in candidates:
+        candidates = sorted([*candidates, topology], key=lambda each: each.num_chips)
+    for candidate in candidates:
         try:
             found = plan_training(run, candidate, quick=True, hbm_bytes=hbm_bytes)
         except InputError as error:  # the mesh's sizes are for other slices

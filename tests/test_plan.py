@@ -20,6 +20,7 @@ from dslt.core.optimizer import OptimizerConfig
 from dslt.core.sharding import MeshConfig, make_mesh
 from dslt.core.t5 import T5Config
 from dslt.core.topology import GIB, parse_topology
+from dslt.errors import InputError
 from dslt.evaluate import EvalConfig
 from dslt.main import main
 from dslt.train import TrainConfig
@@ -229,6 +230,19 @@ def test_the_smallest_number_of_gpus(monkeypatch):
     best = plan_search.smallest_slice(run, h100, hbm_bytes=int(0.9 * one), say=lines.append)
     assert best.topology.num_chips in (2, 4) and best.memory.fits(plan.MARGIN)
     assert len(lines) > 1 and lines[0].startswith("  h100:1: ") and lines[0].endswith("no")
+    lines.clear()
+    monkeypatch.setattr(plan_search, "slices", lambda version: [parse_topology("h100:1")])
+    best = plan_search.smallest_slice(run, h100, hbm_bytes=int(0.9 * one), say=lines.append)
+    assert best.topology == h100 and len(lines) == 2
+
+
+def test_an_assembler_that_is_missing_is_named():
+    def fail(**_):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: No PTX compilation provider is available. …")
+
+    lowered = types.SimpleNamespace(compile=fail)
+    with pytest.raises(InputError, match=r"h100:1: .*ptxas.*'\.\[plan\]'"):
+        plan._compile(lowered, {}, parse_topology("h100:1"), None, False, None)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +353,7 @@ def test_decoding_is_planned_on_one_hosts_chips():
                 *("--gin", "t5.T5Config.dtype = 'bfloat16'", "--gin"),
                 "t5.T5Config.attention_dropout_rate = 0.0",
             ],
-            "is compiled where cuDNN is installed",
+            "is compiled where cuDNN and",
         ),
         (["--topology", "cpu:8", "--gin", "sharding.MeshConfig.fsdp = 3"], "MeshConfig"),
         (["--topology", "cpu:99"], "host devices"),

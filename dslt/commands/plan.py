@@ -23,7 +23,7 @@ def add(commands) -> None:
     command.add_argument(
         "--quick",
         action="store_true",
-        help="compile with little effort: a fifth of the time, memory within 13 percent",
+        help="compile for TPUs with little effort: a fifth of the time, memory within 13 percent",
     )
     command.add_argument(
         "--search",
@@ -67,23 +67,24 @@ def plan(args) -> None:
     print("\n".join(plan_report.report_training(found)), flush=True)
     decoding = planning.plan_decoding(run, topology, args.quick, hbm_bytes)
     print("\n".join(plan_report.report_decoding(decoding)), flush=True)
+    effort = ", compiled with little effort" if topology.is_tpu else ""
     if not found.memory.fits():
-        print("\nwhat would help, compiled with little effort:", flush=True)
+        print(f"\nwhat would help{effort}:", flush=True)
         for trial in plan_search.suggest(found, hbm_bytes):
             print(plan_report.report_trial(trial), flush=True)
     if args.search:
         say = functools.partial(print, flush=True)
-        print(f"\nlargest batch on {topology}, compiled with little effort:")
+        print(f"\nlargest batch on {topology}{effort}:")
         best = plan_search.largest_batch(run, topology, hbm_bytes, say)
         print(f"  largest found: {best.run.shape.examples} examples" if best else "  none fits")
-        if topology.is_tpu or topology.is_gpu:
+        if topology.is_tpu or (topology.is_gpu and not topology.is_estimate):
             kind = "slice" if topology.is_tpu else "number of GPUs"
             print(f"\nsmallest {topology.version} {kind} for this batch:")
             best = plan_search.smallest_slice(run, topology, hbm_bytes, say)
             name = best and str(best.topology)
             if best and topology.is_tpu:
                 name += f" ({cloud_name(best.topology)})"
-            print(f"  smallest: {name}" if best else "  none fits")
+            print(f"  smallest: {name}" if best else "  none of these fits")
 
 
 def batch_shape(args, configs):

@@ -6,6 +6,8 @@ Source: NVIDIA's CUDA programming guide (limits by compute capability) and the d
 white papers of the A100, H100 and H200, SXM modules.
 """
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import os
 from typing import NamedTuple
@@ -49,24 +51,31 @@ TARGETS = {
 
 def has_compiler() -> bool:
     """Whether JAX's CUDA plugin is installed, which compiles without a GPU and without CUDA."""
-    plugins = importlib.util.find_spec("jax_plugins")
-    names = [f"jax_plugins.xla_cuda{version}" for version in (13, 12)]
-    return plugins is not None and any(map(importlib.util.find_spec, names))
+    if importlib.util.find_spec("jax_plugins") is None:
+        return False
+    found = [importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (13, 12)]
+    return any(spec and spec.origin for spec in found)  # what an uninstall leaves has no file
 
 
 def has_cudnn() -> bool:
     """Whether cuDNN's wheel is installed, without which programs that call it cannot be traced."""
-    packages = importlib.util.find_spec("nvidia")
-    return packages is not None and importlib.util.find_spec("nvidia.cudnn") is not None
+    for version in (13, 12):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return bool(importlib.metadata.version(f"nvidia-cudnn-cu{version}"))
+    return False
 
 
 def devices(version: str, num_gpus: int, hbm_bandwidth: float) -> list:
-    """GPUs to compile for, of hosts of eight where there are more; nothing can run on them."""
+    """GPUs to compile for, on which nothing can run.
+
+    Args:
+      num_gpus: eight at most, or a multiple of eight: of hosts that have eight each.
+    """
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # what it runs with is not asked
     from jax.experimental import topologies
 
-    hosts, rest = divmod(num_gpus, GPUS_PER_HOST)
-    shape = f"1x1x{num_gpus}" if rest else f"1x{hosts}x{GPUS_PER_HOST}"
+    a_host = min(num_gpus, GPUS_PER_HOST)
+    shape = f"1x{num_gpus // a_host}x{a_host}"
     config = _target_config(TARGETS[version], hbm_bandwidth)
     description = topologies.get_topology_desc("", "cuda", target_config=config, topology=shape)
     return description.devices

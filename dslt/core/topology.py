@@ -148,7 +148,14 @@ def parse_topology(name: str) -> Topology:
             f"(versions {', '.join(TPU_VERSIONS)}), a GPU host such as h100:8, or cpu:8"
         )
     if version not in TPU_VERSIONS:
-        return Topology(version, (_count(name, rest),))
+        count = _count(name, rest)
+        hosts, others = divmod(count, gpu_target.GPUS_PER_HOST)
+        if version in gpu_target.TARGETS and hosts and others:
+            near = [f"{version}:{n * gpu_target.GPUS_PER_HOST}" for n in (hosts, hosts + 1)]
+            raise InputError(
+                f"--topology {name}: hosts have eight GPUs; expected {near[0]} or {near[1]}"
+            )
+        return Topology(version, (count,))
     if separator == ":" and "x" in rest:
         shape = tuple(_count(name, part) for part in rest.split("x"))
         if len(shape) != len(slices(version)[0].shape):

@@ -55,6 +55,7 @@ def test_both_forms_of_a_name_say_the_same(version):
         ("v4:2x2", "has 2 dimensions; expected one such as v4:8x8x8"),
         ("v5e:0x4", "no count of chips"),
         ("gpu:8", "say which GPU, one of .*h100:8"),
+        ("h100:12", "hosts have eight GPUs; expected h100:8 or h100:16"),
         ("cpu:2x2", "no count of chips"),
     ],
 )
