@@ -26,7 +26,7 @@ from dslt.core.continuous import (
     slot_shardings,
 )
 from dslt.core.decode import encode_sources, start_empty
-from dslt.core.gpu_target import has_compiler, has_cudnn
+from dslt.core.gpu_target import has_cudnn
 from dslt.core.optimizer import OptimizerConfig, make_optimizer
 from dslt.core.sharding import MeshConfig
 from dslt.core.t5 import T5Config
@@ -192,7 +192,7 @@ def plan_training(
         missing.
     """
     attention.check_platform(run.model.attention, topology.platform)
-    if run.model.attention == "cudnn" and not (has_compiler() and has_cudnn()):
+    if run.model.attention == "cudnn" and (topology.is_estimate or not has_cudnn()):
         raise InputError(
             f"{topology}: T5Config.attention = 'cudnn' is compiled where cuDNN and a compiler for "
             "GPUs are installed; plan with 'flash_gpu', or pip install '.[gpu]' from a checkout"

@@ -77,7 +77,7 @@ def plan(args) -> None:
         print(f"\nlargest batch on {topology}{effort}:")
         best = plan_search.largest_batch(run, topology, hbm_bytes, say)
         print(f"  largest found: {best.run.shape.examples} examples" if best else "  none fits")
-        if topology.is_tpu or (topology.is_gpu and not topology.is_estimate):
+        if topology.platform != "cpu" and not topology.is_estimate:
             kind = "slice" if topology.is_tpu else "number of GPUs"
             print(f"\nsmallest {topology.version} {kind} for this batch:")
             best = plan_search.smallest_slice(run, topology, hbm_bytes, say)

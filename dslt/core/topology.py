@@ -203,11 +203,11 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
     Raises:
       InputError: libtpu is missing or does not know the topology, or fewer host devices are there.
     """
-    if topology.is_gpu and not topology.is_estimate:
+    if topology.platform == "cpu" or topology.is_estimate:
+        return _host_devices(topology)
+    if topology.is_gpu:
         bandwidth = topology.chip.hbm_bandwidth
         return gpu_target.devices(topology.version, topology.num_chips, bandwidth)
-    if not topology.is_tpu:
-        return _host_devices(topology)
     # libtpu would look for other processes' chips and for a cloud's metadata server.
     quiet = {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
