@@ -164,6 +164,11 @@ class _Server(uvicorn.Server):
         # Before uvicorn does it, which says so in words of its own.
         asyncio.get_running_loop().call_later(self._stop_secs, self._cut_off)
         await super().shutdown(sockets)
+        if self.force_exit:  # a second SIGINT: the rest uvicorn would leave to the event loop's end
+            self._cut_off()
+            if tasks := self.server_state.tasks:
+                await asyncio.wait(tasks, timeout=LEAVE_SECS)
+            await self.lifespan.shutdown()
 
     def _cut_off(self) -> None:
         for task in self.server_state.tasks:
@@ -223,7 +228,7 @@ class _Gate:
 
         try:
             await self._app(scope, receive_bounded, send_counted)
-        except asyncio.CancelledError:  # by `_Server`, or at a second signal by the event loop
+        except asyncio.CancelledError:  # by `_Server`
             self._cut_off.append(scope["path"])
             if not is_answered:
                 detail = "the server was told to stop before there was an answer"

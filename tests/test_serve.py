@@ -42,19 +42,19 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 SLOW_SECS, STOP_SECS = 60, 1
-# `dslt serve` of a student whose every text takes longer than there is time to stop.
-SLOW = f"""
+# `dslt serve` of a student whose every text takes SLOW_SECS.
+SLOW = """
 import dataclasses, sys, time
 from dslt import main, serve_engine
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig(serve_engine.ServeConfig):
-    stop_secs: int = {STOP_SECS}
+    stop_secs: int = %d
 
 class Engine(serve_engine.Engine):
     def _result(self, work, tokens):
         print("decoding", flush=True)
-        time.sleep({SLOW_SECS})
+        time.sleep(%d)
         return super()._result(work, tokens)
 
 serve_engine.ServeConfig, serve_engine.Engine = ServeConfig, Engine
@@ -341,7 +341,7 @@ def test_sigterm_answers_what_has_come_and_ends_well(student):
 
 def test_what_takes_longer_than_the_time_to_stop_is_cut_off_and_counted(student):
     """One that is being decoded, and one that waits for it; whoever asked is told so."""
-    server = Server(student, program=("-c", SLOW))
+    server = Server(student, program=("-c", SLOW % (STOP_SECS, SLOW_SECS)))
     with contextlib.ExitStack() as stack:
         stack.callback(server.process.kill)
         server.wait_until_ready()
@@ -361,6 +361,27 @@ def test_what_takes_longer_than_the_time_to_stop_is_cut_off_and_counted(student)
     last = "".join(server.output[-1:])
     assert last.startswith("dslt serve: stopped on SIGTERM; ") and last.endswith("with 503: 2\n")
     assert len(server.output) == 2  # the other is where it listens
+
+
+def test_a_second_interrupt_cuts_off_at_once(student):
+    server = Server(student, program=("-c", SLOW % (SLOW_SECS, SLOW_SECS)))
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.process.kill)
+        server.wait_until_ready()
+        with concurrent.futures.ThreadPoolExecutor(1) as clients:
+            asked = clients.submit(server.predict, "decoded")
+            while "decoding" not in server.process.stdout.readline():
+                pass
+            started_secs = time.monotonic()
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)  # closer ones may arrive as one
+            server.process.send_signal(signal.SIGINT)
+            assert server.wait() == INTERRUPTED
+            assert time.monotonic() - started_secs < SLOW_SECS / 2
+            assert asked.result()[0] == 503
+    last = "".join(server.output[-1:])
+    assert last.startswith("dslt serve: stopped on SIGINT; ") and last.endswith("with 503: 1\n")
+    assert len(server.output) == 2
 
 
 @pytest.mark.parametrize(

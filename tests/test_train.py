@@ -176,6 +176,17 @@ def test_a_start_that_failed_may_be_mended(records, tmp_path, capsys):
     assert "holds an earlier training" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("warmup_steps", [NUM_STEPS - 1, NUM_STEPS])
+def test_a_warm_up_as_long_as_the_run_is_said(warmup_steps, records, tmp_path, capsys):
+    overrides = (
+        f"optimizer.OptimizerConfig.warmup_steps = {warmup_steps}",
+        f"train.TrainConfig.init_from = {str(tmp_path / 'missing')!r}",  # ends it after the start
+    )
+    assert main(train_args(records, tmp_path / "run", *overrides)) == 2
+    is_said = "warning: the learning rate rises for 6 steps" in capsys.readouterr().out
+    assert is_said == (warmup_steps == NUM_STEPS)
+
+
 def test_a_users_own_config_is_not_replaced_by_a_runs(records, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     own = Path("config.gin")

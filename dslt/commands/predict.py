@@ -148,7 +148,7 @@ def read_inputs(path: str, split: str | None) -> list[dict[str, str]]:
 
     A line of plain text is an input; a JSON object must have a text `input`, and where it is a
     record its `label` and `rationale` come along as `label` and `teacher_rationale`. Blank lines
-    are skipped.
+    are skipped. With a split, every line must be an object, and those of this split are taken.
     """
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -158,8 +158,14 @@ def read_inputs(path: str, split: str | None) -> list[dict[str, str]]:
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
+        if not line:
+            continue
         if not line.startswith("{"):
-            rows += [{"input": line}] if line else []
+            if split is not None:
+                raise InputError(
+                    f"{path}:{number}: plain text has no split; expected records, or no --split"
+                )
+            rows.append({"input": line})
             continue
         try:
             found = strict_json.loads(line)

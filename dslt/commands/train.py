@@ -181,6 +181,12 @@ def describe_run(run, configs, stream, vocabulary) -> None:
     print(f"model       {num_params:,} parameters, {configs.model.dtype} activations")
     for line in stream.report():
         print(f"data        {line}")
+    warmup_steps, num_steps = configs.optimizer.warmup_steps, configs.train.num_steps
+    if warmup_steps >= num_steps:
+        print(
+            f"warning: the learning rate rises for {warmup_steps} steps (OptimizerConfig."
+            f"warmup_steps), all of the {num_steps} of this run"
+        )
     for role, source, target in first_of_each_role(stream.batch(0)):
         print(f"{role:<11} {vocabulary.decode(source)!r} -> {vocabulary.decode(target)!r}")
     names = [field.name for field in dataclasses.fields(workdir.StudentFormat)]

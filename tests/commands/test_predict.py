@@ -34,6 +34,15 @@ def test_a_line_that_is_no_input_is_named(tmp_path, line):
         inputs_of(tmp_path, f"a\n{line}\n".encode())
 
 
+def test_a_split_is_asked_of_records_alone(tmp_path):
+    path = tmp_path / "inputs.txt"
+    path.write_text('{"input": "a", "split": "test"}\n\n{"input": "b", "split": "train"}\n')
+    assert read_inputs(str(path), "test") == [{"input": "a"}]
+    path.write_text('{"input": "a", "split": "test"}\nb\n')
+    with pytest.raises(InputError, match=r"inputs.txt:2: plain text has no split"):
+        read_inputs(str(path), "test")
+
+
 def test_standard_input_that_is_no_text_is_an_input_error(monkeypatch):
     monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(b"a\xff\n")))
     with pytest.raises(InputError, match="expected UTF-8"):
