@@ -4,6 +4,7 @@ Programs are compiled without LLVM's optimisations, once for all tests: a step t
 second instead of six, and what is tested does not run long.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import shutil
@@ -11,6 +12,9 @@ import subprocess
 import tempfile
 
 import pytest
+
+with contextlib.suppress(ImportError):  # before TensorFlow, see commands/bench.load_triton
+    import triton  # noqa: F401
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = {

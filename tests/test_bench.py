@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -202,3 +203,16 @@ def test_the_command_prints_and_writes_its_figures(small_run, tmp_path, capsys):
     assert 0 < figures["mfu"] < 1
     assert figures["labels_tokens"] <= 3 * 4
     assert not list(tmp_path.glob("*.gin"))
+
+
+def test_triton_is_loaded_before_tensorflow(small_run, tmp_path):
+    """The other order ends the process with a segmentation fault."""
+    (tmp_path / "torch.py").write_text("")
+    (tmp_path / "triton.py").write_text(
+        "import sys\nprint('tensorflow' in sys.modules, flush=True)\nsys.exit(77)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-m", "dslt.main", "bench", *small_run, "--against", "hf"]
+    environment = os.environ | {"PYTHONPATH": path}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (77, "False\n"), found.stderr

@@ -1,5 +1,6 @@
 """`dslt bench`: how fast a run is on the devices at hand."""
 
+import contextlib
 import importlib.util
 import os
 import tempfile
@@ -42,6 +43,7 @@ def bench(args) -> None:
     configs = config.parse(args.gin_files, args.gin)
     if args.against:
         require_torch()
+        load_triton()
     figures = {}
     with tempfile.TemporaryDirectory() as directory:
         run = RunDir(Path(directory))
@@ -70,3 +72,13 @@ def require_torch() -> None:
     """Raises InputError where PyTorch is missing."""
     if importlib.util.find_spec("torch") is None:
         raise InputError("--against hf needs PyTorch; install the extra: pip install '.[parity]'")
+
+
+def load_triton() -> None:
+    """Loads PyTorch's Triton, where it is installed, before TensorFlow comes for a token cache.
+
+    TensorFlow gives its LLVM's symbols to all, and Triton would begin with those and end the
+    process. Source: github.com/tensorflow/tensorflow/issues/124205.
+    """
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
