@@ -162,6 +162,7 @@ def bench(
             yield from _bench_decoding(job, step, repetitions, reference)
 
         if reference:
+            yield "reference   is compiled by PyTorch, which may take minutes", {}
             reference, how = bench_reference.fastest(batches, *settings)
             yield f"reference   transformers T5, {how}", {"reference": how}
         secs, reference_secs = step_secs(step, batches, reference)
