@@ -4,7 +4,6 @@ Programs are compiled without LLVM's optimisations, once for all tests: a step t
 second instead of six, and what is tested does not run long.
 """
 
-import contextlib
 import importlib.metadata
 import os
 import shutil
@@ -13,8 +12,9 @@ import tempfile
 
 import pytest
 
-with contextlib.suppress(ImportError):  # before TensorFlow, see commands/bench.load_triton
-    import triton  # noqa: F401
+from dslt.commands.bench import load_triton
+
+load_triton()  # before any test imports TensorFlow
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = {

@@ -42,8 +42,8 @@ ROOT = Path(__file__).parents[1]
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 SLOW_SECS, STOP_SECS = 60, 1
-# `dslt serve` of a student whose every text takes SLOW_SECS.
-SLOW = """
+# `dslt serve` of a student whose every text takes SLOW_SECS; what fills it is the time to stop.
+SLOW = f"""
 import dataclasses, sys, time
 from dslt import main, serve_engine
 
@@ -54,7 +54,7 @@ class ServeConfig(serve_engine.ServeConfig):
 class Engine(serve_engine.Engine):
     def _result(self, work, tokens):
         print("decoding", flush=True)
-        time.sleep(%d)
+        time.sleep({SLOW_SECS})
         return super()._result(work, tokens)
 
 serve_engine.ServeConfig, serve_engine.Engine = ServeConfig, Engine
@@ -107,6 +107,12 @@ class Server:
         self.port = int(line.rsplit(":", 1)[1])
         self.url = f"http://127.0.0.1:{self.port}/"
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + 120
         while self.request("GET", "/health")[0] != 200:
@@ -127,6 +133,13 @@ class Server:
         status, _, content = self.request("POST", "/predict", body, headers)
         return status, json.loads(content)
 
+    def ask_slowly(self, clients, *inputs, **fields) -> concurrent.futures.Future:
+        """What `predict` will give from a SLOW server, which decodes by now."""
+        asked = clients.submit(self.predict, *inputs, **fields)
+        while "decoding" not in self.process.stdout.readline():
+            pass
+        return asked
+
     def wait(self) -> int:
         self.output += self.process.communicate(timeout=60)[0].splitlines(keepends=True)
         return self.process.returncode
@@ -134,9 +147,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(student):
-    server = Server(student, "--max_queue", "20", "--max_inputs", "12", "--max_bytes", "9000")
-    with contextlib.ExitStack() as stack:
-        stack.callback(server.process.kill)
+    limits = ["--max_queue", "20", "--max_inputs", "12", "--max_bytes", "9000"]
+    with Server(student, *limits) as server:
         server.states = [server.request("GET", "/health"), server.predict("too early")]
         server.wait_until_ready()
         yield server
@@ -311,9 +323,8 @@ def test_the_schema_is_there_and_loads_nothing(server):
 def test_sigterm_answers_what_has_come_and_ends_well(student):
     """But not a request that is still on its way. With a set of labels: their probabilities sum to
     one."""
-    server = Server(student, "--label", "yes", "--label", "no", "--host", "0.0.0.0")
-    with contextlib.ExitStack() as stack:
-        stack.callback(server.process.kill)
+    flags = ["--label", "yes", "--label", "no", "--host", "0.0.0.0"]
+    with Server(student, *flags) as server, contextlib.ExitStack() as stack:
         server.wait_until_ready()
         unfinished = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
         unfinished.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
@@ -341,44 +352,40 @@ def test_sigterm_answers_what_has_come_and_ends_well(student):
 
 def test_what_takes_longer_than_the_time_to_stop_is_cut_off_and_counted(student):
     """One that is being decoded, and one that waits for it; whoever asked is told so."""
-    server = Server(student, program=("-c", SLOW % (STOP_SECS, SLOW_SECS)))
-    with contextlib.ExitStack() as stack:
-        stack.callback(server.process.kill)
+    with (
+        Server(student, program=("-c", SLOW % STOP_SECS)) as server,
+        concurrent.futures.ThreadPoolExecutor(2) as clients,
+    ):
         server.wait_until_ready()
-        with concurrent.futures.ThreadPoolExecutor(2) as clients:
-            asked = [clients.submit(server.predict, "decoded", rationales=True)]
-            while "decoding" not in server.process.stdout.readline():
-                pass
-            asked.append(clients.submit(server.predict, "waits"))
-            while b"dslt_waiting 1.0" not in server.request("GET", "/metrics")[2]:
-                time.sleep(0.01)
-            server.process.send_signal(signal.SIGTERM)
-            started_secs = time.monotonic()
-            assert server.wait() == INTERRUPTED
-            assert STOP_SECS <= time.monotonic() - started_secs < SLOW_SECS / 2
-            for status, found in (future.result() for future in asked):
-                assert (status, found["detail"][:25]) == (503, "the server was told to st")
+        asked = [server.ask_slowly(clients, "decoded", rationales=True)]
+        asked.append(clients.submit(server.predict, "waits"))
+        while b"dslt_waiting 1.0" not in server.request("GET", "/metrics")[2]:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        started_secs = time.monotonic()
+        assert server.wait() == INTERRUPTED
+        assert STOP_SECS <= time.monotonic() - started_secs < SLOW_SECS / 2
+        for status, found in (future.result() for future in asked):
+            assert (status, found["detail"][:25]) == (503, "the server was told to st")
     last = "".join(server.output[-1:])
     assert last.startswith("dslt serve: stopped on SIGTERM; ") and last.endswith("with 503: 2\n")
     assert len(server.output) == 2  # the other is where it listens
 
 
 def test_a_second_interrupt_cuts_off_at_once(student):
-    server = Server(student, program=("-c", SLOW % (SLOW_SECS, SLOW_SECS)))
-    with contextlib.ExitStack() as stack:
-        stack.callback(server.process.kill)
+    with (
+        Server(student, program=("-c", SLOW % SLOW_SECS)) as server,
+        concurrent.futures.ThreadPoolExecutor(1) as clients,
+    ):
         server.wait_until_ready()
-        with concurrent.futures.ThreadPoolExecutor(1) as clients:
-            asked = clients.submit(server.predict, "decoded")
-            while "decoding" not in server.process.stdout.readline():
-                pass
-            started_secs = time.monotonic()
-            server.process.send_signal(signal.SIGINT)
-            time.sleep(0.5)  # closer ones may arrive as one
-            server.process.send_signal(signal.SIGINT)
-            assert server.wait() == INTERRUPTED
-            assert time.monotonic() - started_secs < SLOW_SECS / 2
-            assert asked.result()[0] == 503
+        asked = server.ask_slowly(clients, "decoded")
+        started_secs = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)  # closer ones may arrive as one
+        server.process.send_signal(signal.SIGINT)
+        assert server.wait() == INTERRUPTED
+        assert time.monotonic() - started_secs < SLOW_SECS / 2
+        assert asked.result()[0] == 503
     last = "".join(server.output[-1:])
     assert last.startswith("dslt serve: stopped on SIGINT; ") and last.endswith("with 503: 1\n")
     assert len(server.output) == 2
